@@ -1,0 +1,202 @@
+"""From an Experiment to live objects: the one place where rooms are wired together."""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+
+import jax
+import numpy as np
+
+from mmsr_jax.agent.demonstrate import demonstrate
+from mmsr_jax.agent.episode import Setting
+from mmsr_jax.data import pipeline
+from mmsr_jax.data.flags.lessons import lessons
+from mmsr_jax.data.flags.search import flags_tools
+from mmsr_jax.data.flags.world import World
+from mmsr_jax.engine.engine import Engine
+from mmsr_jax.experiment import Experiment
+from mmsr_jax.inputs import tokenizer as tokenizer_lib
+from mmsr_jax.model import qwen2_5_vl as qwen
+from mmsr_jax.model.config import ModelConfig
+from mmsr_jax.parallel.mesh import make_mesh
+from mmsr_jax.parallel.rules import ROLLOUT_RULES, TRAIN_RULES
+from mmsr_jax.tools.toolbox import Toolbox
+from mmsr_jax.train import state as state_lib
+from mmsr_jax.train.optimizer import optimizer
+from mmsr_jax.types import Example, Trajectory
+from mmsr_jax.weights.checkpoint import Checkpoints
+
+log = logging.getLogger(__name__)
+
+
+class Job:
+    """The live objects of one run, each made when it is first asked for."""
+
+    def __init__(self, experiment: Experiment, workdir: pathlib.Path):
+        self.experiment = experiment
+        self.workdir = pathlib.Path(workdir)
+        self.skipped = 0  # bad examples met so far
+
+    @functools.cached_property
+    def world(self) -> World:
+        return World(self.experiment.flags)
+
+    @functools.cached_property
+    def tokenizer(self) -> tokenizer_lib.Tokenizer:
+        """Loaded, or trained on the world's texts and kept in the run's folder."""
+        config, kept = self.experiment.tokenizer, self.workdir / "tokenizer"
+        if config.source != "train":
+            return tokenizer_lib.load(config.source)
+        if not (kept / "tokenizer.json").exists():
+            trained = tokenizer_lib.train(self._texts(), config.vocab_size)
+            trained.save(kept)
+        return tokenizer_lib.load(kept)
+
+    def _texts(self) -> list[str]:
+        """What the tokenizer of the embedded world learns its merges from."""
+        texts = [s for a in self.world.articles() for s in (a.title, *a.sentences)]
+        first = {e.entity: e for e in self.examples("train", self.experiment.data.sft_categories)}
+        few = dataclasses.replace(self.experiment.lessons, drills=1000, echoes=0)
+        protocol = self.experiment.protocol
+        for lesson in lessons(self.world, list(first.values()), few):
+            texts += [f"user\n{lesson.example.question}"]
+            texts += [f"assistant\n{response}" for response in lesson.responses]
+            for result in lesson.results:
+                message = protocol.result_message(result, lesson.example.question)
+                texts += [f"user\n{part}" for part in message.parts if isinstance(part, str)]
+        return texts
+
+    @functools.cached_property
+    def model(self) -> ModelConfig:
+        """The config's sizes with the tokenizer's ids."""
+        t, model = self.tokenizer, self.experiment.model
+        if t.vocab_size > model.text.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {t.vocab_size} ids, model.text.vocab_size is only "
+                f"{model.text.vocab_size}"
+            )
+        return dataclasses.replace(
+            model,
+            image_token_id=t.image_pad,
+            vision_start_token_id=t.vision_start,
+            vision_end_token_id=t.vision_end,
+            eos_token_id=t.im_end,
+            bos_token_id=t.pad_id,
+        )
+
+    @functools.cached_property
+    def mesh(self):
+        """The training mesh; None on a single device, where a mesh has nothing to say."""
+        mesh = make_mesh(self.experiment.mesh)
+        return None if mesh.size == 1 else mesh
+
+    @functools.cached_property
+    def graph(self):
+        return qwen.abstract(self.model, self.mesh, TRAIN_RULES)[0]
+
+    @functools.cached_property
+    def _rollout(self):
+        return qwen.abstract(self.model, self.mesh, ROLLOUT_RULES)
+
+    def fresh_params(self):
+        """Random weights, laid out over the training mesh."""
+        return qwen.init(self.model, jax.random.key(self.experiment.seed), self.mesh, TRAIN_RULES)
+
+    def newest_params(self):
+        """Weights of the newest checkpoint in the run's folder: GRPO's, or else the warm-up's.
+
+        Raises:
+          ValueError: there is none.
+        """
+        e = self.experiment
+        for stage, config, steps in (
+            ("grpo", e.grpo.optimizer, e.grpo.steps * e.grpo.updates),
+            ("sft", e.sft.optimizer, e.sft.steps),
+        ):
+            folder = self.workdir / "checkpoints" / stage
+            if not folder.is_dir():
+                continue
+            with Checkpoints(folder, e.checkpoint) as checkpoints:
+                state = state_lib.create(self.fresh_params(), optimizer(config, steps), self.mesh)
+                if (restored := checkpoints.restore(state_lib.abstract(state))) is not None:
+                    return restored[0].params
+        raise ValueError(f"{self.workdir} holds no checkpoint; mmsr train makes them")
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        return Engine(
+            self._rollout[0], self.model, self.experiment.engine, self.tokenizer.eos_ids, self.mesh
+        )
+
+    def sync(self, params) -> None:
+        """Gives the engine the newest weights, laid out for rollouts."""
+        if self.mesh is not None:
+            params = jax.tree.map(
+                lambda p, s: jax.device_put(p, s.sharding), params, self._rollout[1]
+            )
+        self.engine.set_params(params)
+
+    @functools.cached_property
+    def toolbox(self) -> Toolbox:
+        tools = self.experiment.tools
+        return Toolbox(
+            flags_tools(self.world, tools.image_results, tools.text_results),
+            deadline=tools.deadline,
+            max_concurrent=tools.max_concurrent,
+        )
+
+    @functools.cached_property
+    def setting(self) -> Setting:
+        e = self.experiment
+        return Setting(
+            protocol=e.protocol,
+            tokenizer=self.tokenizer,
+            images=e.images,
+            max_tokens=min(e.engine.slots, e.pack.length),
+            turn_tokens=e.engine.turn_tokens,
+        )
+
+    def _data(self, split: str, categories: tuple[str, ...], **more) -> pipeline.DataConfig:
+        e = self.experiment
+        return pipeline.DataConfig(
+            name=e.data.name, data_dir=e.data.folder, split=split, categories=categories, **more
+        )
+
+    def examples(self, split: str, categories: tuple[str, ...]) -> list[Example]:
+        """All good examples of a split, in a fixed order."""
+        return pipeline.read_all(self._data(split, categories), self.experiment.flags)
+
+    def stream(self, split: str, categories: tuple[str, ...]):
+        """An endless, shuffled, resumable iterator of examples."""
+        config = self._data(split, categories, seed=self.experiment.seed)
+        return pipeline.stream(config, self.experiment.flags)
+
+    def demonstrations(self) -> dict[str, list[Trajectory]]:
+        """SFT's conversations by kind of lesson, played through the real tools."""
+        e = self.experiment
+        out: dict[str, list[Trajectory]] = {}
+        examples = self.examples("train", e.data.sft_categories)
+        wanted = {kind: count for kind, count, _ in e.sft.batch}
+        for lesson in lessons(self.world, examples, e.lessons):
+            if not wanted.get(lesson.kind):
+                continue
+            try:
+                played = demonstrate(lesson, self.setting, self.toolbox)
+            except ValueError as error:
+                self.skipped += 1
+                log.warning("lesson skipped: %s", error)
+                continue
+            out.setdefault(lesson.kind, []).append(played)
+        missing = sorted(kind for kind, count in wanted.items() if count and kind not in out)
+        if missing:
+            raise ValueError(f"sft.batch asks for lessons of kind {missing}, there are none")
+        return out
+
+    def random(self, *parts) -> np.random.Generator:
+        """A host random stream named by the run seed and `parts` (integers)."""
+        return np.random.default_rng([self.experiment.seed, *parts])
+
+    def close(self) -> None:
+        if "toolbox" in self.__dict__:
+            self.toolbox.close()

@@ -1,0 +1,1 @@
+"""Datasets: TFDS builders, and the pipeline from their records to `Example`."""

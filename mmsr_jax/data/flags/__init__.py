@@ -1,0 +1,1 @@
+"""The embedded world "flags": real flags, real country facts, and a search engine over both."""

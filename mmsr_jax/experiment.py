@@ -1,0 +1,126 @@
+"""Every room's configuration in one frozen record: what a file in configs/ returns."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Literal
+
+import pydantic
+
+from mmsr_jax.data.flags.lessons import LessonConfig
+from mmsr_jax.data.flags.world import FlagsConfig
+from mmsr_jax.engine.engine import EngineConfig
+from mmsr_jax.evaluation.policies import EvaluationConfig
+from mmsr_jax.inputs.images import ImageConfig
+from mmsr_jax.model.config import ModelConfig, preset
+from mmsr_jax.parallel.mesh import MeshConfig
+from mmsr_jax.protocol import Protocol
+from mmsr_jax.rewards.score import RewardConfig
+from mmsr_jax.train.assemble import PackConfig
+from mmsr_jax.train.grpo import GRPOConfig
+from mmsr_jax.train.sft import SFTConfig
+from mmsr_jax.weights.checkpoint import CheckpointConfig
+
+Stage = Literal["sft", "grpo", "eval"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Where the tokenizer comes from: trained on the world's texts, or a folder or hub id."""
+
+    source: str = "train"
+    vocab_size: int = 512  # when trained
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolsConfig:
+    """The search tools. `local` is the engine of the embedded world."""
+
+    backend: Literal["local"] = "local"
+    image_results: int = 5  # results a call (paper: 5 and 5)
+    text_results: int = 5
+    deadline: float = 30.0  # seconds a call may take
+    max_concurrent: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which questions are trained on."""
+
+    name: Literal["flags"] = "flags"
+    folder: str = ""  # of the prepared dataset; empty: in the user's cache
+    sft_categories: tuple[str, ...] = ("known", "unfamiliar")
+    grpo_categories: tuple[str, ...] = ("known", "unknown")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One run, whole. Fields are explained in the records themselves."""
+
+    name: str
+    seed: int = 0
+    stages: tuple[Stage, ...] = ("sft", "grpo", "eval")
+    model: ModelConfig = preset("tiny")
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    images: ImageConfig = ImageConfig()
+    flags: FlagsConfig = FlagsConfig()
+    lessons: LessonConfig = LessonConfig()
+    data: DataConfig = DataConfig()
+    tools: ToolsConfig = ToolsConfig()
+    protocol: Protocol = Protocol()
+    engine: EngineConfig = EngineConfig()
+    reward: RewardConfig = RewardConfig()
+    pack: PackConfig = PackConfig()
+    sft: SFTConfig = SFTConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def to_json(self) -> str:
+        """All fields as one JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Experiment":
+        """The record of a `config.json`.
+
+        Raises:
+          ValueError: not JSON, an unknown field, or a value of the wrong type.
+        """
+        try:
+            return pydantic.TypeAdapter(cls).validate_json(text, extra="forbid")
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"config.json: {where}: {first['msg']}") from None
+
+
+def save(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """Writes `config.json`; a folder that holds another experiment's is refused.
+
+    Raises:
+      ValueError: it does; the message names the fields that differ.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if path.exists():
+        old, new = json.loads(path.read_text()), json.loads(experiment.to_json())
+        differing = sorted(_differences(old, new))
+        if differing:
+            raise ValueError(
+                f"{workdir} holds a run with other settings ({', '.join(differing[:5])}): "
+                "choose another --workdir, or delete that folder to start over"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(experiment.to_json())
+
+
+def _differences(old, new, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        out = []
+        for key in old.keys() | new.keys():
+            name = f"{where}.{key}" if where else key
+            out += _differences(old.get(key), new.get(key), name)
+        return out
+    return [] if old == new else [where]

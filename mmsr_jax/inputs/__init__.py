@@ -1,0 +1,1 @@
+"""From text and pictures to arrays: tokenizer, images, chat template, layout, padding."""

@@ -1,0 +1,64 @@
+"""`mmsr train`: the stages of an experiment in order, each continued where it stopped."""
+
+import json
+import pathlib
+import time
+
+import jax
+
+from mmsr_jax import experiment as experiment_lib
+from mmsr_jax.build import Job
+from mmsr_jax.experiment import Experiment
+from mmsr_jax.logs import RunLog
+from mmsr_jax.loops import evaluate, grpo, sft
+from mmsr_jax.parallel import compiles
+from mmsr_jax.report.html import write_report
+from mmsr_jax.report.table import evaluation_table
+
+
+def run(experiment: Experiment, workdir: pathlib.Path, log: RunLog) -> dict[str, float]:
+    """Runs what is left to do of the experiment in `workdir`; returns the summary.
+
+    Raises:
+      ValueError: the folder holds another experiment.
+    """
+    log.primary = jax.process_index() == 0
+    experiment_lib.save(experiment, workdir)
+    began = time.perf_counter()
+    job = Job(experiment, workdir)
+    summary = {}
+    try:
+        params = sft.run(job, log) if "sft" in experiment.stages else job.fresh_params()
+        if "eval" in experiment.stages:
+            summary |= _flat("before", evaluate.run(job, log, "before", params))
+        if "grpo" in experiment.stages:
+            params = grpo.run(job, log, params)
+            if "eval" in experiment.stages:
+                summary |= _flat("after", evaluate.run(job, log, "after", params))
+    finally:
+        job.close()
+    summary |= {
+        "time/total": time.perf_counter() - began,
+        "compile/count": compiles.count(),
+        "compile/seconds": compiles.seconds(),
+        "data/skipped": job.skipped,
+        "model/parameters": sum(p.size for p in jax.tree.leaves(params)),
+    }
+    if log.primary:
+        _finish(workdir, summary, log)
+    return summary
+
+
+def _flat(when: str, values: dict[str, float]) -> dict[str, float]:
+    """Names of the contract: `eval/WHEN/...`; constant policies stand beside, not under it."""
+    return {
+        f"eval/{name}" if name.startswith(("always_search/", "never_search/"))
+        else f"eval/{when}/{name}": value
+        for name, value in values.items()
+    }  # fmt: skip
+
+
+def _finish(workdir: pathlib.Path, summary: dict[str, float], log: RunLog) -> None:
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True))
+    log.print(evaluation_table(summary))
+    log.print(f"Report with curves and trajectories: {write_report(workdir)}")

@@ -1,0 +1,36 @@
+"""Rotary position angles: three axes for text (M-RoPE), two for patches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def text_angles(
+    positions: jax.Array, head_dim: int, theta: float, section: tuple[int, int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, head_dim/2] float32 of positions [3, B, T].
+
+    The frequencies are cut into contiguous sections: the first turn with the temporal position,
+    then height, then width (Qwen2.5-VL; Qwen3-VL interleaves them instead).
+    """
+    inverse = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    parts = [
+        jnp.broadcast_to(positions[axis][..., None], positions.shape[1:] + (count,))
+        for axis, count in enumerate(section)
+    ]
+    angles = jnp.concatenate(parts, axis=-1).astype(jnp.float32) * inverse
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def patch_angles(hw: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [P, head_dim/2] float32 of patch coordinates [P, 2]: rows, then columns."""
+    inverse = theta ** (-np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2))
+    angles = (hw.astype(jnp.float32)[:, :, None] * inverse).reshape(hw.shape[0], -1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the halves of the last axis of x [..., N, H] by angles [..., H/2]; in cos's dtype."""
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

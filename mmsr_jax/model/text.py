@@ -1,0 +1,171 @@
+"""The language model: a Qwen2 decoder with three-axis rotary positions."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmsr_jax.model import rope
+from mmsr_jax.model.attention import attend, segment_mask
+from mmsr_jax.model.cache import Cache, extents, read, target_slots, write
+from mmsr_jax.model.config import ModelConfig
+from mmsr_jax.model.layers import Dense, Embedding, GatedMLP, RMSNorm
+from mmsr_jax.parallel.rules import Placement
+
+
+class SelfAttention(nnx.Module):
+    """The four projections. Queries, keys and values have biases, the output has none."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        text = config.text
+        kinds = {"rngs": rngs, "dtype": config.dtype, "param_dtype": config.param_dtype}
+        wide, narrow = (text.heads, text.head_dim), (text.kv_heads, text.head_dim)
+        axes = ("embed", "kv_heads", "head")
+        self.q = Dense((text.hidden,), wide, ("embed", "heads", "head"), bias=True, **kinds)
+        self.k = Dense((text.hidden,), narrow, axes, bias=True, **kinds)
+        self.v = Dense((text.hidden,), narrow, axes, bias=True, **kinds)
+        out_scale = (2 * text.layers) ** -0.5
+        self.o = Dense(wide, (text.hidden,), ("heads", "head", "embed"), scale=out_scale, **kinds)
+
+
+class TextLayer(nnx.Module):
+    """One decoder layer, cut in two around the attention so that a cache can sit between."""
+
+    def __init__(self, config: ModelConfig, place: Placement, *, rngs: nnx.Rngs):
+        text = config.text
+        self.place = place
+        self.input_norm = RMSNorm(text.hidden, text.norm_eps, param_dtype=config.param_dtype)
+        self.attention = SelfAttention(config, rngs=rngs)
+        self.post_norm = RMSNorm(text.hidden, text.norm_eps, param_dtype=config.param_dtype)
+        self.mlp = GatedMLP(
+            text.hidden,
+            text.intermediate,
+            rngs=rngs,
+            bias=False,
+            out_scale=(2 * text.layers) ** -0.5,
+            place=place,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+        )
+
+    def before(self, x: jax.Array, cos: jax.Array, sin: jax.Array):
+        """Rotated queries and keys, and values: [B, T, N or K, H]."""
+        y = self.input_norm(x)
+        q = self.place(self.attention.q(y), "batch", "length", "heads", "head")
+        k = self.place(self.attention.k(y), "batch", "length", "kv_heads", "head")
+        v = self.place(self.attention.v(y), "batch", "length", "kv_heads", "head")
+        return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
+
+    def after(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """The rest of the layer, x [B, T, D] and attended [B, T, N, H]."""
+        x = x + self.place(self.attention.o(attended), "batch", "length", "embed")
+        x = x + self.mlp(self.post_norm(x), "batch", "length")
+        return self.place(x, "batch", "length", "embed")
+
+
+class TextModel(nnx.Module):
+    """Embedding, stacked layers, final norm, head."""
+
+    def __init__(self, config: ModelConfig, place: Placement, *, rngs: nnx.Rngs):
+        text = config.text
+        kinds = {"rngs": rngs, "dtype": config.dtype, "param_dtype": config.param_dtype}
+        self.config, self.place = config, place
+        self.embed = Embedding(text.vocab_size, text.hidden, **kinds)
+
+        @nnx.vmap
+        def stacked(key):
+            return TextLayer(config, place, rngs=nnx.Rngs(params=key))
+
+        self.layers = stacked(jax.random.split(rngs.params(), text.layers))
+        self.norm = RMSNorm(text.hidden, text.norm_eps, param_dtype=config.param_dtype)
+        head = None
+        if not text.tied:
+            head = Dense((text.hidden,), (text.vocab_size,), ("embed", "vocab"), **kinds)
+        self.head = head
+
+    def __call__(self, inputs, features: jax.Array | None, cache: Cache | None):
+        """Hidden states [B, T, D] after the final norm, and the grown cache."""
+        text = self.config.text
+        x = self._embed(inputs.ids, inputs.image_index, features)
+        cos, sin = rope.text_angles(
+            inputs.positions, text.head_dim, text.rope_theta, text.mrope_section
+        )
+        # The rotation itself runs in the compute dtype, as in the original (unlike vision).
+        turn = cos.astype(x.dtype), sin.astype(x.dtype)
+        if cache is None:
+            x = self._run(x, turn, inputs.segments)
+        else:
+            x, cache = self._run_cached(x, turn, inputs.segments, cache)
+        return self.norm(x), cache
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits float32 [..., V] of hidden states [..., D]."""
+        lead, hidden = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
+        # Contract without transposing the table: in a small model it is as large as the rest.
+        if self.head is None:
+            table, dim = self.embed.table[...], 1
+        else:
+            table, dim = self.head.kernel[...], 0
+        logits = jax.lax.dot_general(
+            hidden.astype(self.config.dtype),
+            table.astype(self.config.dtype),
+            (((1,), (dim,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        return logits.reshape(lead + (self.config.text.vocab_size,))
+
+    def _embed(self, ids, image_index, features):
+        x = self.embed(ids)
+        if features is not None:
+            # Out of range rather than -1: filled on the way in, dropped on the way back.
+            row = jnp.where(image_index < 0, features.shape[0], image_index)
+            pictures = features.astype(x.dtype).at[row].get(mode="fill", fill_value=0)
+            x = jnp.where((image_index >= 0)[..., None], pictures, x)
+        return self.place(x, "batch", "length", "embed")
+
+    def _run(self, x, turn, segments):
+        graph, params = nnx.split(self.layers)
+        mask = segment_mask(segments)
+
+        def body(x, layer_params):
+            layer = nnx.merge(graph, layer_params)
+            q, k, v = layer.before(x, *turn)
+            return layer.after(x, attend(q, k, v, mask)), None
+
+        if self.config.remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+        return jax.lax.scan(body, x, params)[0]
+
+    def _run_cached(self, x, turn, segments, cache):
+        graph, params = nnx.split(self.layers)
+        size = cache.k.shape[2]
+        slots = target_slots(cache.lengths, segments, size)
+        own = cache.lengths[:, None] + jnp.arange(segments.shape[1], dtype=jnp.int32)
+        mask = jnp.arange(size, dtype=jnp.int32) <= own[:, :, None]
+        grown = cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
+        choices = extents(size)
+        # Rows without a new token (paused ones) do not count, however long they are.
+        reach = jnp.max(jnp.where(jnp.any(segments > 0, axis=1), grown, 0))
+        choice = jnp.searchsorted(jnp.asarray(choices), reach)
+
+        def attend_first(extent):
+            def branch(q, k_store, v_store, layer):
+                k, v = read(k_store, layer, extent), read(v_store, layer, extent)
+                return attend(q, k, v, mask[:, :, :extent])
+
+            return branch
+
+        branches = [attend_first(extent) for extent in choices]
+
+        # The cache is a carry, not scanned inputs and outputs: those would be copied every token.
+        def body(carry, layer_params):
+            x, k_store, v_store, index = carry
+            layer = nnx.merge(graph, layer_params)
+            q, k, v = layer.before(x, *turn)
+            k_store = write(k_store, index, slots, k)
+            v_store = write(v_store, index, slots, v)
+            attended = jax.lax.switch(choice, branches, q, k_store, v_store, index)
+            return (layer.after(x, attended), k_store, v_store, index + 1), None
+
+        start = (x, cache.k, cache.v, jnp.int32(0))
+        (x, k, v, _), _ = jax.lax.scan(body, start, params)
+        return x, Cache(k=k, v=v, lengths=grown)

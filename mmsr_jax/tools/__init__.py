@@ -1,0 +1,1 @@
+"""Search tools and the toolbox that runs them. Nothing here imports jax."""

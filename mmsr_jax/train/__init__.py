@@ -1,0 +1,1 @@
+"""From scored trajectories to new weights: SFT and GRPO over one jitted update."""

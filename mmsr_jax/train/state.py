@@ -1,0 +1,43 @@
+"""What training changes: weights, optimiser state, step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    params: dict  # nested dict of arrays, the tree of model.abstract
+    opt_state: optax.OptState
+    step: jax.Array  # scalar int32, updates done
+
+
+def create(params, transform: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
+    """A fresh state at step 0 around `params` (which it takes over, not copies)."""
+    shapes = jax.eval_shape(transform.init, params)
+    if mesh is None:
+        fresh = TrainState(params, jax.jit(transform.init)(params), jnp.zeros((), jnp.int32))
+        # Committed to the device like every later state: otherwise the second step compiles anew.
+        return jax.device_put(fresh, jax.local_devices()[0])
+    # Zeros do not inherit a sharding inside jit: moments must be told where their weights lie.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shardings = optax.tree_utils.tree_map_params(
+        transform,
+        lambda _, p: p.sharding,
+        shapes,
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    opt_state = jax.jit(transform.init, out_shardings=shardings)(params)
+    return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), everywhere))
+
+
+def abstract(state: TrainState) -> TrainState:
+    """Shapes and shardings of a state: the target of a restore."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )

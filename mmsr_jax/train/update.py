@@ -1,0 +1,87 @@
+"""One step of a stage: conversations in, new state and measurements out.
+
+The host cuts and packs, the device computes; the measurements come back in one copy at the end.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from mmsr_jax.model.config import ModelConfig
+from mmsr_jax.train import grpo, step
+from mmsr_jax.train.assemble import PackConfig, Piece, assemble
+from mmsr_jax.train.state import TrainState
+from mmsr_jax.types import Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """What every update of a stage shares."""
+
+    graph: object  # of the model, on the training mesh
+    model: ModelConfig
+    pack: PackConfig
+    transform: object  # optax.GradientTransformation
+
+
+def sft_update(fixed: Fixed, state: TrainState, pieces: Sequence[Piece]):
+    """One optimiser step on demonstrations, each conversation with its own weight.
+
+    Returns: the state, measurements (floats), and the number of micro-batches.
+    """
+    batches = assemble(pieces, fixed.model, fixed.pack, aggregate="token")
+    grads, measured = step.zeros_like(state.params), None
+    for batch in batches:
+        grads, new = step.accumulate_sft(fixed.graph, state.params, grads, batch)
+        measured = step.add(measured, new)
+    state, update = step.apply(fixed.transform, state, grads)
+    values = {name: float(v) for name, v in jax.device_get(measured | update).items()}
+    values["token_loss"] = values.pop("nll_sum") / max(values["tokens"], 1.0)
+    return state, values, len(batches)
+
+
+def grpo_update(
+    fixed: Fixed,
+    config: grpo.GRPOConfig,
+    state: TrainState,
+    reference,
+    groups: Sequence[tuple[Sequence[Tokens], Sequence[float]]],
+):
+    """`config.updates` optimiser steps on groups of (conversations, rewards).
+
+    Args:
+      reference: frozen params of the KL term, or None when its weight is 0.
+
+    Returns: the state, measurements (floats), and the number of micro-batches.
+    """
+    temperature = np.float32(config.temperature)
+    parts = []
+    for chosen in np.array_split(np.arange(len(groups)), config.updates):
+        pieces = []
+        for tokens, rewards in (groups[i] for i in chosen):
+            signal = grpo.advantages(np.asarray(rewards), divide_by_std=config.loss.advantage_std)
+            pieces += [Piece(t, advantage=float(a)) for t, a in zip(tokens, signal, strict=True)]
+        aggregate = config.loss.aggregate
+        parts.append(assemble(pieces, fixed.model, fixed.pack, aggregate=aggregate))
+    if config.updates > 1:  # the policy moves between updates: remember what it was
+        parts = [
+            [step.with_old(fixed.graph, state.params, batch, temperature) for batch in batches]
+            for batches in parts
+        ]
+    total = None
+    for batches in parts:
+        grads, measured = step.zeros_like(state.params), None
+        for batch in batches:
+            grads, new = step.accumulate_grpo(
+                fixed.graph, state.params, reference, grads, batch, config.loss, temperature
+            )
+            measured = step.add(measured, new)
+        state, update = step.apply(fixed.transform, state, grads)
+        total = step.add(total, measured | update)
+    values = {
+        name: float(v) / (1 if name.endswith("_max") else config.updates)
+        for name, v in jax.device_get(total).items()
+    }
+    return state, values, sum(map(len, parts))

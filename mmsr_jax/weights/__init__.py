@@ -1,0 +1,1 @@
+"""Weights in and out: the published safetensors layout and our nested dict."""

@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmsr_jax.engine.choose import choose
+
+LOGITS = jnp.asarray([[0.0, 1.0, 2.0, -1.0], [3.0, 0.5, 3.0, 0.0]], jnp.float32)
+
+
+def keys(*seeds):
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
+
+
+def zeros(rows):
+    return jnp.zeros(rows, jnp.int32)
+
+
+def test_temperature_zero_takes_the_likeliest():
+    token, logprob = choose(LOGITS, keys(1, 2), zeros(2), jnp.float32(0))
+    assert token.tolist() == [2, 0]  # the first of equals
+    expected = jax.nn.log_softmax(LOGITS)[jnp.arange(2), token]
+    np.testing.assert_allclose(logprob, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_samples_follow_the_distribution(temperature):
+    draws = 4000
+    logits = jnp.tile(LOGITS[:1], (draws, 1))
+    token, logprob = choose(
+        logits, jax.random.split(jax.random.key(3), draws), zeros(draws), jnp.float32(temperature)
+    )
+    expected = np.asarray(jax.nn.softmax(LOGITS[0] / temperature))
+    found = np.bincount(token, minlength=4) / draws
+    error = np.sqrt(expected * (1 - expected) / draws)
+    assert (np.abs(found - expected) < 4 * error + 1e-9).all(), (found, expected)
+    np.testing.assert_allclose(logprob, np.log(expected)[token], rtol=1e-5)
+
+
+def test_a_draw_is_named_by_its_key_and_number_only():
+    wide = jax.random.normal(jax.random.key(0), (3, 500))
+    counts = jnp.asarray([0, 4, 9], jnp.int32)
+    together, _ = choose(wide, keys(1, 2, 3), counts, jnp.float32(1))
+    for row in range(3):
+        alone, _ = choose(
+            wide[row : row + 1], keys(row + 1), counts[row : row + 1], jnp.float32(1)
+        )
+        assert alone[0] == together[row]
+    draws = [choose(wide[:1], keys(1), zeros(1) + n, jnp.float32(1))[0][0] for n in range(20)]
+    assert len(set(map(int, draws))) > 10

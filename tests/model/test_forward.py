@@ -1,0 +1,272 @@
+"""The model against itself: cached, packed, padded and separate runs agree."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmsr_jax.inputs import layout
+from mmsr_jax.model import qwen2_5_vl
+from mmsr_jax.model.attention import attend
+from mmsr_jax.model.cache import extents
+from mmsr_jax.model.config import preset
+from mmsr_jax.model.qwen2_5_vl import Inputs
+from mmsr_jax.types import Picture
+
+TINY = preset("tiny")
+CONFIG = dataclasses.replace(
+    TINY,
+    text=dataclasses.replace(TINY.text, layers=2, vocab_size=64),
+    vision=dataclasses.replace(TINY.vision, depth=2, full_attention_layers=(1,)),
+)
+IMAGE = CONFIG.image_token_id
+GRIDS = [(1, 4, 6), (1, 10, 6), (1, 2, 2)]
+SLOTS = 80  # three extents of the cache
+
+
+@pytest.fixture(scope="module")
+def model():
+    graph, _ = qwen2_5_vl.abstract(CONFIG)
+    params = qwen2_5_vl.init(CONFIG, jax.random.key(1))
+    rng = np.random.default_rng(2)
+
+    def perturb(leaf):  # biases and norms away from 0 and 1
+        return leaf + (0.1 * rng.normal(size=leaf.shape)).astype("f")
+
+    return graph, jax.tree.map(perturb, params)
+
+
+forward = jax.jit(qwen2_5_vl.forward, static_argnums=0)
+encode = jax.jit(qwen2_5_vl.encode_images, static_argnums=0)
+
+
+@functools.cache
+def pictures():
+    rng = np.random.default_rng(5)
+    return [Picture(rng.normal(size=(t * h * w, 1176)).astype("f"), (t, h, w)) for t, h, w in GRIDS]
+
+
+def row(rng, text, members):
+    """Tokens, positions and image rows of `text` tokens with pictures between them."""
+    first = np.cumsum([0] + [len(p.patches) // 4 for p in pictures()])
+    ids, index = [], []
+    for member in members:
+        count = len(pictures()[member].patches) // 4
+        ids += [*rng.integers(20, 64, 3), *[IMAGE] * count]
+        index += [-1] * 3 + list(range(first[member], first[member + 1]))
+    ids += list(rng.integers(20, 64, text))
+    index += [-1] * text
+    ids = np.asarray(ids, np.int32)
+    where, _ = layout.positions(ids, [GRIDS[m] for m in members], CONFIG)
+    return ids, where, np.asarray(index, np.int32)
+
+
+def batch(rows, length, segments=None):
+    """Rows [(ids, positions, image_index)] padded on the right."""
+    shape = (len(rows), length)
+    ids, where = np.zeros(shape, np.int32), np.zeros((3, *shape), np.int32)
+    index, valid = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+    for number, (tokens, positions, images) in enumerate(rows):
+        count = len(tokens)
+        ids[number, :count], where[:, number, :count] = tokens, positions
+        index[number, :count], valid[number, :count] = images, 1
+    return Inputs(ids, where, valid if segments is None else segments, index)
+
+
+def part(rows, starts, stops):
+    return [
+        (ids[a:b], where[:, a:b], index[a:b])
+        for (ids, where, index), a, b in zip(rows, starts, stops, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(3)
+    return [row(rng, 12, (0, 1)), row(rng, 31, ()), row(rng, 9, (2,))]
+
+
+@pytest.fixture(scope="module")
+def features(model):
+    graph, params = model
+    return encode(graph, params, layout.vision_inputs(pictures(), CONFIG.vision))
+
+
+@pytest.fixture(scope="module")
+def whole(model, rows, features):
+    """Logits of all rows in one uncached pass."""
+    graph, params = model
+    return np.asarray(forward(graph, params, batch(rows, 48), features=features).logits)
+
+
+def test_prefill_then_single_tokens_equal_one_pass(model, rows, features, whole):
+    graph, params = model
+    lengths = np.asarray([len(ids) for ids, _, _ in rows])
+    prompts = lengths - [4, 20, 0]  # the last row is complete from the start
+    cache = qwen2_5_vl.init_cache(CONFIG, 3, SLOTS)
+    out = forward(graph, params, batch(part(rows, [0] * 3, prompts), 48), cache, features=features)
+    assert out.cache.lengths.tolist() == prompts.tolist()
+    for number, count in enumerate(prompts):
+        np.testing.assert_allclose(out.logits[number, :count], whole[number, :count], atol=1e-5)
+    done = prompts.copy()
+    while (done < lengths).any():
+        stops = np.minimum(done + 1, lengths)
+        out = forward(graph, params, batch(part(rows, done, stops), 1), out.cache)
+        assert out.cache.lengths.tolist() == stops.tolist()
+        for number in np.flatnonzero(stops > done):
+            np.testing.assert_allclose(
+                out.logits[number, 0], whole[number, done[number]], atol=1e-5
+            )
+        done = stops
+
+
+def test_chunks_with_pictures_extend_a_cache(model, rows, features, whole):
+    graph, params = model
+    lengths = np.asarray([len(ids) for ids, _, _ in rows])
+    # Row 0's second picture starts in the second chunk; row 1 sits the second chunk out.
+    cuts = [[5, 11, 2], [30, 11, 3], lengths]
+    cache, starts = qwen2_5_vl.init_cache(CONFIG, 3, SLOTS), np.zeros(3, int)
+    for stops in np.asarray(cuts):
+        inputs = batch(part(rows, starts, stops), 32)
+        out = forward(graph, params, inputs, cache, features=features)
+        for number, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            np.testing.assert_allclose(
+                out.logits[number, : stop - start], whole[number, start:stop], atol=1e-5
+            )
+        cache, starts = out.cache, stops
+    assert cache.lengths.tolist() == lengths.tolist()
+
+
+def test_padding_writes_nothing_to_the_cache(model, rows, features):
+    graph, params = model
+    cache = qwen2_5_vl.init_cache(CONFIG, 3, SLOTS)
+    out = forward(graph, params, batch(rows, 48), cache, features=features)
+    for number, (ids, _, _) in enumerate(rows):
+        assert not np.asarray(out.cache.k[:, number, len(ids) :]).any()
+        assert np.asarray(out.cache.k[:, number, len(ids) - 1]).any()
+    full = dataclasses.replace(out.cache, lengths=jnp.full((3,), SLOTS, jnp.int32))
+    after = forward(graph, params, batch(part(rows, [0] * 3, [1] * 3), 1), full).cache
+    np.testing.assert_array_equal(after.k, out.cache.k)  # past the last slot: dropped
+
+
+def test_packed_rows_equal_separate_ones(model, rows, features, whole):
+    graph, params = model
+    order = [1, 2, 0]
+    joined = tuple(np.concatenate([rows[n][part] for n in order], axis=-1) for part in range(3))
+    segments = np.concatenate([[n + 1] * len(rows[n][0]) for n in order])
+    length = len(joined[0]) + 7
+    segments = np.pad(segments, (0, 7)).astype(np.int32)[None]
+    logits = forward(graph, params, batch([joined], length, segments), features=features).logits[0]
+    at = 0
+    for n in order:
+        count = len(rows[n][0])
+        np.testing.assert_allclose(logits[at : at + count], whole[n, :count], atol=1e-5)
+        at += count
+
+
+def test_rows_do_not_see_one_another(model, rows, features, whole):
+    graph, params = model
+    for number, one in enumerate(rows):
+        alone = forward(graph, params, batch([one], 48), features=features).logits[0]
+        count = len(one[0])
+        np.testing.assert_allclose(alone[:count], whole[number, :count], atol=1e-5)
+
+
+def test_pictures_do_not_see_one_another(model, features):
+    graph, params = model
+    at = 0
+    for picture in pictures():
+        count = len(picture.patches) // 4
+        alone = encode(graph, params, layout.vision_inputs([picture], CONFIG.vision))
+        np.testing.assert_allclose(alone[:count], features[at : at + count], atol=2e-5)
+        at += count
+
+
+def test_padding_patches_change_nothing_and_get_no_gradient(model, rows):
+    graph, params = model
+    plan = layout.vision_inputs(pictures(), CONFIG.vision)
+    used = sum(len(p.patches) for p in pictures())
+    assert used < len(plan.patches)
+    wild = plan.patches.copy()
+    wild[used:] = 1e9
+    inputs = batch(rows, 48)
+
+    @functools.partial(jax.jit)
+    def run(patches, params):
+        def loss(patches, params):
+            vision = dataclasses.replace(plan, patches=patches)
+            out = qwen2_5_vl.forward(graph, params, dataclasses.replace(inputs, vision=vision))
+            logits = jnp.where((inputs.segments > 0)[..., None], out.logits, 0)
+            return jnp.sin(logits).sum(), logits
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(patches, params)
+
+    (_, calm_logits), calm = run(plan.patches, params)
+    (_, wild_logits), rough = run(wild, params)
+    np.testing.assert_array_equal(calm_logits, wild_logits)
+    assert np.asarray(calm[0][:used]).any() and not np.asarray(rough[0][used:]).any()
+    jax.tree.map(np.testing.assert_array_equal, calm[1], rough[1])
+
+
+def test_recomputing_layers_changes_no_gradient(model, rows, features):
+    _, params = model
+    inputs = batch(rows, 48)
+
+    def gradient(remat):
+        graph, _ = qwen2_5_vl.abstract(dataclasses.replace(CONFIG, remat=remat))
+
+        def loss(params):
+            return jnp.sin(
+                qwen2_5_vl.forward(graph, params, inputs, features=features).logits
+            ).sum()
+
+        quick = {"xla_backend_optimization_level": 0}
+        return jax.jit(jax.grad(loss), compiler_options=quick)(params)["text"]
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+
+    jax.tree.map(close, gradient(True), gradient(False))
+
+
+def test_hidden_states_unembed_to_the_logits(model, rows):
+    graph, params = model
+    out = forward(graph, params, batch(rows, 48))
+    logits = jax.jit(qwen2_5_vl.unembed, static_argnums=0)(graph, params, out.hidden[:, :5])
+    np.testing.assert_allclose(logits, out.logits[:, :5], atol=1e-6)
+    without = qwen2_5_vl.forward(graph, params, batch(rows, 48), logits=False)
+    assert without.logits is None and without.cache is None
+
+
+def test_an_image_token_without_index_is_text(model):
+    graph, params = model
+    ids = np.full((1, 4), IMAGE, np.int32)
+    where = np.broadcast_to(np.arange(4, dtype=np.int32), (3, 1, 4))
+    text = Inputs(ids, where, np.ones_like(ids), np.full_like(ids, -1))
+    noise = jnp.full((8, CONFIG.text.hidden), jnp.nan)
+    with_features = forward(graph, params, text, features=noise).logits
+    np.testing.assert_array_equal(with_features, forward(graph, params, text).logits)
+
+
+def test_attention_of_a_row_that_may_see_nothing_is_finite():
+    q, k = jnp.ones((1, 2, 4, 8)), jnp.ones((1, 5, 2, 8))
+    out = attend(q, k, jnp.arange(5.0)[None, :, None, None] * k, jnp.zeros((1, 2, 5), bool))
+    np.testing.assert_allclose(out, 2.0, rtol=1e-6)
+
+
+def test_extents_end_with_all_slots():
+    assert extents(16) == (16,) and extents(64) == (32, 64)
+    assert extents(192) == (32, 64, 96, 128, 160, 192)
+    for slots in range(1, 3000, 13):
+        assert extents(slots)[-1] == slots and len(extents(slots)) <= 6
+
+
+def test_the_graph_is_hashable_and_parameters_are_plain(model):
+    graph, params = model
+    again, shapes = qwen2_5_vl.abstract(CONFIG)
+    assert hash(again) == hash(graph) and again == graph
+    assert jax.tree.structure(shapes) == jax.tree.structure(params)
+    assert {type(node) for node in (params, params["text"], params["vision"]["layers"])} == {dict}

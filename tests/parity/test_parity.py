@@ -1,0 +1,288 @@
+"""Against the original implementation in float32: logits, features, positions, weights."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from mmsr_jax.inputs import layout
+from mmsr_jax.model import qwen2_5_vl
+from mmsr_jax.types import Picture
+from mmsr_jax.weights import hf, hf_config
+
+IMAGE, VIDEO, START, END = 60, 61, 62, 63
+
+
+def original_config(tied: bool) -> Qwen2_5_VLConfig:
+    """Sizes that all differ from one another, so that no transposed kernel goes unseen."""
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 96,
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 80,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [2, 2, 2],
+            },
+            "tie_word_embeddings": tied,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 56,
+            "num_heads": 2,
+            "out_hidden_size": 48,
+            "fullatt_block_indexes": [1, 3],
+            "window_size": 112,
+            "tokens_per_second": 2,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        tie_word_embeddings=tied,
+        attn_implementation="eager",
+    )
+
+
+def original_model(tied: bool) -> Qwen2_5_VLForConditionalGeneration:
+    """Random weights, norms and biases moved away from 1 and 0, float32."""
+    torch.manual_seed(3 + tied)
+    model = Qwen2_5_VLForConditionalGeneration(original_config(tied)).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.2 if parameter.ndim == 1 else 0.08
+            parameter.add_(torch.randn_like(parameter) * spread)
+    return model
+
+
+@pytest.fixture(scope="session", params=[False, True], ids=["untied", "tied"])
+def original(request, tmp_path_factory) -> tuple[Qwen2_5_VLForConditionalGeneration, pathlib.Path]:
+    """The original model and the folder it was saved to."""
+    torch.set_num_threads(1)
+    model = original_model(request.param)
+    folder = tmp_path_factory.mktemp("tied" if request.param else "untied")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(11)
+
+
+GRIDS = [(1, 10, 6), (1, 4, 18), (1, 2, 2), (1, 12, 10)]
+ROWS = [(0, 1), (), (2,), (3,)]  # pictures of each row
+
+
+def pictures(rng, grids=GRIDS):
+    return [Picture(rng.normal(size=(t * h * w, 1176)).astype("f"), (t, h, w)) for t, h, w in grids]
+
+
+def rows(rng, pics, which=ROWS):
+    """Token rows of unequal length, with pictures between text."""
+    out = []
+    for members in which:
+        ids = list(rng.integers(3, 60, rng.integers(2, 9)))
+        for index in members:
+            count = len(pics[index].patches) // 4
+            ids += [START] + [IMAGE] * count + [END] + list(rng.integers(3, 60, 3))
+        out.append(np.asarray(ids, np.int32))
+    return out
+
+
+def padded(token_rows, pics, which, config, length):
+    """Our inputs, rows padded on the right."""
+    shape = (len(token_rows), length)
+    ids, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    index, where = np.full(shape, -1, np.int32), np.zeros((3, *shape), np.int32)
+    first = np.cumsum([0] + [len(p.patches) // 4 for p in pics])
+    deltas = []
+    for row, (tokens, members) in enumerate(zip(token_rows, which, strict=True)):
+        count = len(tokens)
+        ids[row, :count], segments[row, :count] = tokens, 1
+        grids = [pics[m].grid for m in members]
+        where[:, row, :count], delta = layout.positions(tokens, grids, config)
+        deltas.append(delta)
+        at = np.flatnonzero(tokens == IMAGE)
+        index[row, at] = np.concatenate(
+            [np.arange(first[m], first[m + 1]) for m in members] + [np.zeros(0, int)]
+        )
+    vision = layout.vision_inputs(pics, config.vision)
+    return qwen2_5_vl.Inputs(ids, where, segments, index, vision), deltas
+
+
+def original_batch(token_rows, pics, which, length):
+    ids = torch.zeros((len(token_rows), length), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(token_rows):
+        ids[row, : len(tokens)] = torch.from_numpy(tokens)
+        mask[row, : len(tokens)] = 1
+    order = [m for members in which for m in members]
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": (ids == IMAGE).int(),
+        "pixel_values": torch.from_numpy(np.concatenate([pics[m].patches for m in order])),
+        "image_grid_thw": torch.tensor([pics[m].grid for m in order]),
+    }
+
+
+def test_logits_of_a_batch_with_pictures(original, rng):
+    model, folder = original
+    config, params = hf.load(folder)
+    assert config.text.tied == model.config.tie_word_embeddings
+    graph, _ = qwen2_5_vl.abstract(config)
+    pics = pictures(rng)
+    tokens = rows(rng, pics)
+    length = max(map(len, tokens)) + 3
+    inputs, deltas = padded(tokens, pics, ROWS, config, length)
+    batch = original_batch(tokens, pics, ROWS, length)
+
+    model.model.rope_deltas = None  # the original keeps state between calls
+    with torch.no_grad():
+        expected = model(**batch).logits.numpy()
+        theirs, their_deltas = model.model.get_rope_index(
+            batch["input_ids"],
+            mm_token_type_ids=batch["mm_token_type_ids"],
+            image_grid_thw=batch["image_grid_thw"],
+            attention_mask=batch["attention_mask"],
+        )
+        features = model.model.visual(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
+    ours = jax.jit(qwen2_5_vl.forward, static_argnums=0)(graph, params, inputs)
+
+    valid = inputs.segments > 0
+    assert np.abs(expected[valid]).std() > 0.1
+    difference = np.abs(np.asarray(ours.logits)[valid] - expected[valid]).max()
+    print("logits differ by", difference)
+    assert difference < 2e-5
+    assert np.array_equal(inputs.positions[:, valid], theirs.numpy()[:, valid])
+    assert deltas == their_deltas[:, 0].tolist()
+    encoded = jax.jit(qwen2_5_vl.encode_images, static_argnums=0)(graph, params, inputs.vision)
+    difference = np.abs(np.asarray(encoded)[: len(features)] - features.numpy()).max()
+    print("features differ by", difference)
+    assert difference < 1e-5
+
+
+def test_bfloat16_stays_close(original, rng):
+    model, folder = original
+    config, params = hf.load(folder)
+    config = dataclasses.replace(config, dtype="bfloat16")
+    graph, _ = qwen2_5_vl.abstract(config)
+    # Long positions: angles kept in bfloat16 would be far off here.
+    ids = rng.integers(3, 60, (1, 40)).astype(np.int32)
+    where = np.broadcast_to(np.arange(3000, 3040, dtype=np.int32), (3, 1, 40))
+    inputs = qwen2_5_vl.Inputs(ids, where, np.ones_like(ids), np.full_like(ids, -1))
+    ours = np.asarray(jax.jit(qwen2_5_vl.forward, static_argnums=0)(graph, params, inputs).logits)
+    half = Qwen2_5_VLForConditionalGeneration(model.config)
+    half.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        kwargs = {
+            "input_ids": torch.from_numpy(ids).long(),
+            "position_ids": torch.from_numpy(where.copy()).long(),
+        }
+        exact = model(**kwargs).logits.float().numpy()
+        theirs = half.bfloat16().eval()(**kwargs).logits.float().numpy()
+    assert np.abs(ours - exact).mean() < 1.5 * np.abs(theirs - exact).mean()
+
+
+def test_export_loads_strictly_in_the_original(original, tmp_path):
+    model, folder = original
+    config, params = hf.load(folder)
+    hf.save(tmp_path, config, params, dtype="float32", shard_bytes=60_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    again, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True, dtype=torch.float32
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    expected = model.state_dict()
+    assert again.state_dict().keys() == expected.keys()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    rope = model.config.text_config.rope_parameters
+    assert rope.items() <= again.config.text_config.rope_parameters.items()
+    back, params_again = hf.load(tmp_path)
+    assert back == config
+    jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+def test_names_of_programs_in_memory_load_too(original, tmp_path):
+    model, folder = original
+    model.save_pretrained(tmp_path, save_original_format=False)
+    with safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
+        assert any(name.startswith("model.language_model.layers.0.") for name in file.keys())  # noqa: SIM118
+    config, params = hf.load(tmp_path)
+    expected_config, expected = hf.load(folder)
+    assert config == expected_config
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_loss_gradient_matches(original, rng):
+    """One backward pass: a tied table collects from both its uses."""
+    model, folder = original
+    config, params = hf.load(folder)
+    graph, _ = qwen2_5_vl.abstract(config)
+    pics = pictures(rng)
+    tokens = rows(rng, pics)
+    length = max(map(len, tokens))
+    inputs, _ = padded(tokens, pics, ROWS, config, length)
+    batch = original_batch(tokens, pics, ROWS, length)
+    weights = rng.normal(size=(len(tokens), length, config.text.vocab_size)).astype("f")
+    weights *= (inputs.segments > 0)[..., None] / length
+
+    def loss(params):
+        return (qwen2_5_vl.forward(graph, params, inputs).logits * weights).sum()
+
+    # Compiling takes nearly all of this test's time.
+    quick = {"xla_backend_optimization_level": 0}
+    ours = jax.jit(jax.grad(loss), compiler_options=quick)(params)
+    model.model.rope_deltas = None
+    model.zero_grad()
+    (model(**batch).logits * torch.from_numpy(weights)).sum().backward()
+    expected = model.model.language_model.embed_tokens.weight.grad.numpy()
+    scale = np.abs(expected).max()
+    assert np.abs(np.asarray(ours["text"]["embed"]["table"]) - expected).max() < 2e-5 * scale
+    expected = model.model.visual.patch_embed.proj.weight.grad.reshape(32, -1).T.numpy()
+    scale = np.abs(expected).max()
+    assert np.abs(np.asarray(ours["vision"]["patch"]["kernel"]) - expected).max() < 2e-5 * scale
+    model.zero_grad()
+
+
+def test_errors_name_every_tensor(original, tmp_path):
+    _, folder = original
+    config, params = hf.load(folder)
+    hf.save(tmp_path, config, params)
+    larger = dataclasses.replace(
+        config,
+        text=dataclasses.replace(config.text, layers=4, intermediate=81, tied=False),
+        vision=dataclasses.replace(config.vision, depth=3, full_attention_layers=(1,)),
+    )
+    with pytest.raises(ValueError) as error:
+        hf.load(tmp_path, larger)
+    message = str(error.value)
+    assert "missing model.layers.3.mlp.up_proj.weight" in message
+    assert "unexpected visual.blocks.3.attn.qkv.bias" in message
+    assert (
+        "misshaped model.layers.0.mlp.down_proj.weight: (48, 80), config wants (48, 81)" in message
+    )
+    assert ("missing lm_head.weight" in message) == config.text.tied
+
+
+def test_original_config_is_read_in_both_layouts(tmp_path):
+    original_config(tied=False).save_pretrained(tmp_path)
+    nested = hf_config.read(tmp_path)
+    assert nested.text.mrope_section == (2, 2, 2) and nested.text.norm_eps == 1e-5
+    assert nested.image_token_id == IMAGE and nested.text.head_dim == 12
