@@ -15,7 +15,7 @@ from mmsr_jax.data.flags.lessons import LessonConfig
 from mmsr_jax.data.flags.world import FlagsConfig
 from mmsr_jax.engine.engine import EngineConfig
 from mmsr_jax.evaluation.policies import EvaluationConfig
-from mmsr_jax.experiment import Experiment, TokenizerConfig, ToolsConfig
+from mmsr_jax.experiment import DataConfig, Experiment, TokenizerConfig, ToolsConfig
 from mmsr_jax.inputs.images import ImageConfig
 from mmsr_jax.model.config import preset
 from mmsr_jax.train.assemble import PackConfig
@@ -41,9 +41,15 @@ def get_config() -> Experiment:
         flags=FlagsConfig(known=36, unknown=30, unfamiliar=24, never_shown=24),
         lessons=LessonConfig(),
         tools=ToolsConfig(image_results=2, text_results=1),
-        protocol=dataclasses.replace(protocol.SHORT, max_result_items=2),
+        # Half of each step's questions are known ones: the pulls on the shared habit of searching
+        # cancel, and what differs between the kinds is what is left to learn (paper, section 3.2:
+        # data balancing).
+        data=DataConfig(grpo_shares=(1.0, 1.0)),
+        protocol=dataclasses.replace(
+            protocol.SHORT, max_result_items=2, text_item="{n}. {text}\n"
+        ),
         engine=EngineConfig(
-            rows=128, slots=160, turn_tokens=40, decode_steps=16, extend_rows=16,
+            rows=128, slots=128, turn_tokens=40, decode_steps=16, extend_rows=16,
             extend_tokens=32, patches=384, pictures=32, picture_patches=PATCHES,
             feature_rows=4096,
         ),
@@ -52,15 +58,17 @@ def get_config() -> Experiment:
         ),
         sft=SFTConfig(
             steps=240,
-            # A coin's toss between answering and searching on both kinds (12 : 12); the rest is
-            # practice that does not touch the choice. Copying is what takes longest to learn.
+            # A coin's toss between answering and searching on both kinds (direct : ask and
+            # guess : doubt); the rest is practice that does not touch the choice. Copying from
+            # results is what takes longest to learn.
             batch=(
-                ("direct", 12, 1.0),
-                ("recall", 24, 2.0),
-                ("search", 12, 1.0),
+                ("direct", 28, 2.0),
+                ("ask", 28, 2.0),
                 ("guess", 12, 1.0),
-                ("look", 12, 1.0),
-                ("drill", 24, 2.0),
+                ("doubt", 12, 1.0),
+                ("recall", 8, 1.0),
+                ("search", 12, 1.0),
+                ("drill", 28, 2.0),
                 ("echo", 16, 1.0),
             ),
             optimizer=OptimizerConfig(

@@ -9,6 +9,7 @@ groups in GRPO, and a learning rate that falls, which stops the swinging of the 
 import dataclasses
 
 from flags import get_config as short
+
 from mmsr_jax.experiment import Experiment
 
 

@@ -24,7 +24,7 @@ from mmsr_jax.parallel.rules import ROLLOUT_RULES, TRAIN_RULES
 from mmsr_jax.tools.toolbox import Toolbox
 from mmsr_jax.train import state as state_lib
 from mmsr_jax.train.optimizer import optimizer
-from mmsr_jax.types import Example, Trajectory
+from mmsr_jax.types import Example, Tokens
 from mmsr_jax.weights.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -167,15 +167,15 @@ class Job:
         """All good examples of a split, in a fixed order."""
         return pipeline.read_all(self._data(split, categories), self.experiment.flags)
 
-    def stream(self, split: str, categories: tuple[str, ...]):
+    def stream(self, split: str, categories: tuple[str, ...], shares: tuple[float, ...] = ()):
         """An endless, shuffled, resumable iterator of examples."""
-        config = self._data(split, categories, seed=self.experiment.seed)
+        config = self._data(split, categories, shares=shares, seed=self.experiment.seed)
         return pipeline.stream(config, self.experiment.flags)
 
-    def demonstrations(self) -> dict[str, list[Trajectory]]:
+    def demonstrations(self) -> dict[str, list[Tokens]]:
         """SFT's conversations by kind of lesson, played through the real tools."""
         e = self.experiment
-        out: dict[str, list[Trajectory]] = {}
+        out: dict[str, list[Tokens]] = {}
         examples = self.examples("train", e.data.sft_categories)
         wanted = {kind: count for kind, count, _ in e.sft.batch}
         for lesson in lessons(self.world, examples, e.lessons):

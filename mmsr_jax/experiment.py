@@ -51,6 +51,7 @@ class DataConfig:
     folder: str = ""  # of the prepared dataset; empty: in the user's cache
     sft_categories: tuple[str, ...] = ("known", "unfamiliar")
     grpo_categories: tuple[str, ...] = ("known", "unknown")
+    grpo_shares: tuple[float, ...] = ()  # of each of them in every step; empty: as they come
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,7 +94,7 @@ class Tiny:
         from mmsr_jax.engine.engine import EngineConfig
 
         return EngineConfig(
-            rows=6, slots=128, turn_tokens=12, decode_steps=5, extend_rows=4, extend_tokens=8,
+            rows=6, slots=128, turn_tokens=16, decode_steps=5, extend_rows=4, extend_tokens=8,
             patches=96, pictures=6, picture_patches=64, feature_rows=120,
         )  # fmt: skip
 
@@ -168,7 +168,7 @@ class Tiny:
         )
 
     def conversation(self, first, *tools, seed: int = 0, length: int = 7):
-        """A whole conversation in which the model says random tokens: prompt, (model, tool)*, model.
+        """A conversation in which the model says random tokens: prompt, (model, tool)*, model.
 
         Args:
           first: parts of the prompt; tools: parts of each tool message.

@@ -229,4 +229,5 @@ def _end(episode: Episode, text: str, ending: Ending) -> Episode:
 
 def _end_after(episode: Episode, result: ToolResult, ending: Ending) -> Episode:
     turns = (*episode.turns, Turn(Author.TOOL, "", result=result))
-    return dataclasses.replace(episode, turns=turns, ending=ending)
+    seconds = episode.tool_seconds + result.seconds
+    return dataclasses.replace(episode, turns=turns, ending=ending, tool_seconds=seconds)

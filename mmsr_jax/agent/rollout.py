@@ -80,7 +80,8 @@ def rollout(
             else:
                 _finish(engine, live, results, turn.row)
                 done(1)
-        if calls and not engine.running and not (waiting and engine.free_rows):
+        fits = waiting and len(waiting[0][3]) <= engine.free_rows
+        if calls and not engine.running and not fits:
             start = time.perf_counter()
             concurrent.futures.wait(calls, return_when=concurrent.futures.FIRST_COMPLETED)
             tools_wait += time.perf_counter() - start

@@ -38,6 +38,7 @@ class DataConfig:
     data_dir: str = ""  # of prepared datasets; empty: `default_data_dir()`
     split: str = "train"  # a TFDS split, e.g. "test" or "train[:10%]"
     categories: tuple[str, ...] = ()  # keep only these; empty keeps all
+    shares: tuple[float, ...] = ()  # of each category in every stretch; empty: as they come
     seed: int = 0  # of the shuffle
     shuffle: bool = True  # a new order every epoch
     epochs: int | None = None  # None: without end
@@ -50,6 +51,13 @@ class DataConfig:
             raise ValueError(
                 f"process_index {self.process_index} is not one of {self.process_count} processes"
             )
+        if self.shares and len(self.shares) != len(self.categories):
+            raise ValueError(
+                f"{len(self.shares)} shares for {len(self.categories)} categories: "
+                "one for each is needed"
+            )
+        if self.shares and min(self.shares) <= 0:
+            raise ValueError(f"shares must be above 0, not {self.shares}")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1 or None, not {self.epochs}")
 
@@ -159,11 +167,8 @@ class Examples(Iterator[Example]):
 
     def __init__(self, records: Sequence, config: DataConfig):
         self._config = config
-        order = grain.MapDataset.source(records).seed(config.seed)
-        if config.shuffle:
-            order = order.shuffle()
-        self._epoch = len(order)
-        self._order = order.repeat(config.epochs)
+        self._epoch = len(records)
+        self._order = _order(records, config)
         self._next = config.process_index
         self._bad_in_a_row = 0
         self._reported: set[str] = set()  # an endless stream meets the same bad ones every epoch
@@ -217,6 +222,25 @@ class Examples(Iterator[Example]):
         if name not in self._reported:
             self._reported.add(name)
             log.warning("bad example skipped: %s: %s", name, error)
+
+
+def _order(records: Sequence, config: DataConfig) -> grain.MapDataset:
+    """Positions in the order in which they are drawn; with shares, categories take turns."""
+
+    def repeated(part: Sequence, seed: int) -> grain.MapDataset:
+        order = grain.MapDataset.source(part).seed(seed)
+        return (order.shuffle() if config.shuffle else order).repeat(config.epochs)
+
+    if not config.shares:
+        return repeated(records, config.seed)
+    names = [_text(record["category"]) for record in records]
+    parts = [
+        Subset(records, [i for i, name in enumerate(names) if name == category])
+        for category in config.categories
+    ]
+    # Each category has its own stream: one that is shorter only comes round more often.
+    orders = [repeated(part, config.seed + n) for n, part in enumerate(parts)]
+    return grain.MapDataset.mix(orders, weights=list(config.shares))
 
 
 def stream(config: DataConfig, options: Any = None) -> Examples:

@@ -137,7 +137,8 @@ class Engine:
         Returns: for each request the rows of its samples, in order.
 
         Raises:
-          ValueError: more samples than free rows, or a prompt longer than the cache.
+          ValueError: more samples than free rows, or a prompt longer than the cache, or a budget
+            beyond `turn_tokens`, or pictures that do not fit. No row is taken then.
         """
         wanted = sum(len(r.streams) for r in requests)
         if wanted > len(self._free):
@@ -153,7 +154,12 @@ class Engine:
             source[rows] = rows[0]
             resume = Resume(rows[0], request.prompt, request.prompt.pictures, request.budget)
             pieces.append((resume, True))
-        self._feed(pieces)
+        try:
+            self._feed(pieces)
+        except ValueError:
+            for row in (row for rows in rows_of for row in rows):
+                self.release(row)
+            raise
         if wanted > len(requests):
             for rows in rows_of:
                 for mirror in (self._length, self._pending, self._position, self._running):
@@ -242,6 +248,11 @@ class Engine:
     def _fed_tokens(self, resume: Resume, fresh: bool, features: dict[str, int]) -> "_Fed":
         """What goes into the cache now, and which token stays pending."""
         tokens, row = resume.tokens, resume.row
+        if not 1 <= resume.budget <= self.config.turn_tokens:
+            raise ValueError(
+                f"a budget of {resume.budget} tokens a turn, engine.turn_tokens is "
+                f"{self.config.turn_tokens}"
+            )
         index = np.full(len(tokens), -1, np.int64)
         first = 0
         for picture in resume.pictures:

@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmsr_jax.model import qwen2_5_vl as qwen
 
@@ -51,6 +52,9 @@ def empty(config, rows: int, slots: int, turn_tokens: int, features: int, mesh=N
         turn_length=zeros(),
         features=jnp.zeros((features, config.text.hidden), jnp.dtype(config.dtype)),
     )
-    # Committed to the device like every later state: otherwise the second call of each program
-    # compiles it anew.
-    return jax.device_put(state, jax.local_devices()[0]) if mesh is None else state
+    # Committed like every later state: otherwise the second call of a program compiles it anew.
+    if mesh is None:
+        return jax.device_put(state, jax.local_devices()[0])
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    rest = jax.device_put(dataclasses.replace(state, cache=None), everywhere)
+    return dataclasses.replace(rest, cache=state.cache)

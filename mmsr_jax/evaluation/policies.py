@@ -12,14 +12,17 @@ class EvaluationConfig:
     categories: tuple[str, ...] = ("known", "unknown")  # what the overall numbers are over
     unseen: tuple[str, ...] = ("never_shown",)  # reported apart
     samples: int = 2  # a picture, at the training temperature
-    search_reason: str = "Look."  # words put into the mouth of the constant policies
-    direct_reason: str = "Known."
+    search_reason: str = " Look."  # words put into the mouth of the constant policies
+    direct_reason: str = " Known."
 
 
 def always_search(config: EvaluationConfig) -> str:
-    """Beginning of a first response that searches, whatever the question."""
-    action = protocol.IMAGE_SEARCH.removesuffix("</search>")
-    return f"{protocol.REASON}{config.search_reason}{protocol.REASON_END}{action}"
+    """A first response that searches, whatever the question; the model has only to end it.
+
+    It is whole because a tokenizer cuts the middle of a tag elsewhere: after `<search><img>` alone
+    stand other tokens than the model has ever seen there.
+    """
+    return protocol.render(config.search_reason, protocol.ImageSearch())
 
 
 def never_search(config: EvaluationConfig) -> str:

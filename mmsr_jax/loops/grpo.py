@@ -31,7 +31,7 @@ def run(job: Job, log: RunLog, params):
     reference = jax.tree.map(lambda p: p.copy(), params) if config.loss.kl_weight > 0 else None
     with Checkpoints(job.workdir / "checkpoints" / "grpo", e.checkpoint) as checkpoints:
         state = state_lib.create(params, transform, job.mesh)
-        stream = job.stream("train", e.data.grpo_categories)
+        stream = job.stream("train", e.data.grpo_categories, e.data.grpo_shares)
         first = 0
         if (restored := checkpoints.restore(state_lib.abstract(state))) is not None:
             state, meta = restored

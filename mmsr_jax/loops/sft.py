@@ -36,7 +36,7 @@ def run(job: Job, log: RunLog):
             for number in range(first, config.steps):
                 began = time.perf_counter()
                 chosen = _batch(lessons, config.batch, job.random(1, number))
-                pieces = [Piece(t.tokens, weight=weight) for t, weight in chosen]
+                pieces = [Piece(tokens, weight=weight) for tokens, weight in chosen]
                 state, values, micro = sft_update(fixed, state, pieces)
                 log.scalars(
                     number + 1,
@@ -64,4 +64,4 @@ def _batch(lessons, composition, rng):
     for kind, count, weight in composition:
         pool = lessons.get(kind, [])
         chosen += [(pool[i], weight) for i in rng.integers(len(pool), size=count)] if count else []
-    return sorted(chosen, key=lambda pair: -len(pair[0].tokens))
+    return sorted(chosen, key=lambda pair: -len(pair[0]))

@@ -1,5 +1,6 @@
 """Search engines that live in the process: BM25 over sentences, and nearest pictures."""
 
+import functools
 import io
 import re
 import sqlite3
@@ -42,6 +43,8 @@ class LocalTextIndex:
         except sqlite3.OperationalError as error:
             raise RuntimeError(f"this Python's sqlite has no FTS5: {error}") from error
         self._db.executemany("INSERT INTO passages VALUES (?, ?, ?)", passages)
+        # The index never changes, and the samples of a group ask the same again and again.
+        self.search = functools.lru_cache(maxsize=4096)(self.search)
 
     def search(self, query: str, topk: int) -> list[Passage]:
         """The best passage of each of the `topk` best articles; may be empty, never raises.
@@ -142,6 +145,7 @@ class LocalImageIndex:
         if not vectors:
             raise ValueError("an image index needs at least 1 picture, not 0")
         self._vectors = np.stack(vectors)  # [entries, n]
+        self.search = functools.lru_cache(maxsize=512)(self.search)  # the index never changes
 
     def search(self, picture: bytes, topk: int) -> list[PictureEntry]:
         """The `topk` most similar entries, best first. ToolError for an undecodable picture."""

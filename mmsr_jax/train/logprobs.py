@@ -17,7 +17,7 @@ def token_logprobs(graph, params, inputs: qwen.Inputs, targets, temperature=1.0,
 
     Args:
       targets: [B, T] int32.
-      chunk: tokens a chunk.
+      chunk: tokens a chunk at the most.
 
     Returns:
       logprobs [B, T] float32, entropy [B, T] float32 (no gradient flows through the latter).
@@ -25,8 +25,9 @@ def token_logprobs(graph, params, inputs: qwen.Inputs, targets, temperature=1.0,
     hidden = qwen.forward(graph, params, inputs, logits=False).hidden
     rows, length, width = hidden.shape
     total = rows * length
-    chunk = min(chunk, total)
-    pad = -total % chunk
+    count = -(-total // chunk)
+    chunk = -(-total // count)  # chunks of one size, with as little padding as there can be
+    pad = count * chunk - total
     flat = jnp.pad(hidden.reshape(total, width), ((0, pad), (0, 0)))
     ids = jnp.pad(targets.reshape(total), (0, pad))
 
@@ -39,7 +40,6 @@ def token_logprobs(graph, params, inputs: qwen.Inputs, targets, temperature=1.0,
         constant = jax.lax.stop_gradient(log_all)
         return chosen, -(jnp.exp(constant) * constant).sum(-1)
 
-    count = (total + pad) // chunk
     if count == 1:
         chosen, entropy = one((flat, ids))
     else:

@@ -119,6 +119,20 @@ def test_categories_filter(config, small):
         pipeline.stream(wrong, small)
 
 
+def test_shares_hold_in_every_stretch_and_survive_a_stop(config, small):
+    shared = dataclasses.replace(config, categories=("known", "unknown"), shares=(1.0, 2.0))
+    stream = pipeline.stream(shared, small)
+    drawn = [next(stream) for _ in range(60)]
+    for start in range(0, 60, 6):
+        kinds = [made.category for made in drawn[start : start + 6]]
+        assert (kinds.count("known"), kinds.count("unknown")) == (2, 4)
+    again = pipeline.stream(shared, small)
+    ids(again, 25)
+    continued = pipeline.stream(shared, small)
+    continued.restore(again.state())
+    assert ids(continued, 35) == [made.id for made in drawn[25:]]
+
+
 def test_read_all_is_sorted_and_complete(config, small):
     test = dataclasses.replace(config, split="test", seed=5, process_index=1, process_count=4)
     found = pipeline.read_all(test, small)
@@ -170,6 +184,8 @@ def test_broken_text_does_not_end_a_run(picture):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"categories": ("known", "unknown"), "shares": (1.0,)}, "1 shares for 2 categories"),
+        ({"categories": ("known",), "shares": (0.0,)}, "above 0"),
         ({"process_index": 2, "process_count": 2}, "process_index 2 is not one of 2"),
         ({"epochs": 0}, "epochs must be at least 1 or None, not 0"),
     ],

@@ -1,4 +1,4 @@
-"""Conversations played through an engine directly: no parsing, tools that say what they are told."""
+"""Conversations played through an engine directly: no parsing, no tools, only their words."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def play(tiny):
     def run(engine, plans, temperature=1.0, arrival=None):
         """`arrival`: a numpy generator that makes tools answer late and in any order."""
         requests = [Request(tiny.prompt(*p.first), (stream(*p.key),), p.budgets[0]) for p in plans]
-        rows = [row for row, in engine.admit(requests)]
+        rows = [row for (row,) in engine.admit(requests)]
         said = {row: (request.prompt, 0) for row, request in zip(rows, requests, strict=True)}
         paused = []
         while engine.running or paused:

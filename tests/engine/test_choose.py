@@ -42,9 +42,7 @@ def test_a_draw_is_named_by_its_key_and_number_only():
     counts = jnp.asarray([0, 4, 9], jnp.int32)
     together, _ = choose(wide, keys(1, 2, 3), counts, jnp.float32(1))
     for row in range(3):
-        alone, _ = choose(
-            wide[row : row + 1], keys(row + 1), counts[row : row + 1], jnp.float32(1)
-        )
+        alone, _ = choose(wide[row : row + 1], keys(row + 1), counts[row : row + 1], jnp.float32(1))
         assert alone[0] == together[row]
     draws = [choose(wide[:1], keys(1), zeros(1) + n, jnp.float32(1))[0][0] for n in range(20)]
     assert len(set(map(int, draws))) > 10

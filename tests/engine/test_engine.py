@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from mmsr_jax.engine import steps
 from mmsr_jax.engine.engine import Request, Resume, stream
+from mmsr_jax.inputs import chat
 from mmsr_jax.parallel import compiles
 
 
@@ -24,6 +26,12 @@ def sample(engine, prompt, streams, budget=9):
     for row in rows:
         engine.release(row)
     return [turns[row] for row in rows]
+
+
+def after(prompt, turn):
+    """The conversation once the model has spoken."""
+    spoken = chat.model_turn(turn.ids, turn.logprobs, prompt.next_position)
+    return chat.join(prompt, spoken)
 
 
 def test_streams_are_named_by_all_their_parts():
@@ -48,9 +56,7 @@ def test_a_group_is_prefilled_once_beside_others(tiny, same):
     engine = tiny.engine()
     prompts = [tiny.prompt(tiny.picture(4, 6), "What?"), tiny.prompt("Paris or Porto?")]
     streams = [tuple(stream(n, s) for s in range(3)) for n in range(2)]
-    admitted = engine.admit(
-        [Request(p, s, 6) for p, s in zip(prompts, streams, strict=True)]
-    )
+    admitted = engine.admit([Request(p, s, 6) for p, s in zip(prompts, streams, strict=True)])
     assert engine.counters["prefill_tokens"] == sum(len(p) - 1 for p in prompts)
     turns = finish(engine)
     for rows, prompt, keys in zip(admitted, prompts, streams, strict=True):
@@ -69,19 +75,13 @@ def test_a_fork_leaves_running_and_paused_rows_alone(tiny, same):
     assert set(first) == {paused} and engine.running  # five steps: the other row is on its way
     engine.admit([Request(other, (stream("y"), stream("z")), 3)])
     same(finish(engine)[row], expected)
-    tool = tiny.tool(other_conversation(tiny, other, first[paused]), "Portugal: Lisbon")
+    tool = tiny.tool(after(other, first[paused]), "Portugal: Lisbon")
     engine.extend([Resume(paused, tool, other.pictures, 4)])
     again = tiny.engine()
     ((row,),) = again.admit([Request(other, (stream("y"),), 2)])
     finish(again)
     again.extend([Resume(row, tool, other.pictures, 4)])
     same(finish(engine)[paused], finish(again)[row])
-
-
-def other_conversation(tiny, prompt, turn):
-    from mmsr_jax.inputs import chat
-
-    return chat.join(prompt, chat.model_turn(turn.ids, turn.logprobs, prompt.next_position))
 
 
 def test_released_rows_leak_nothing_into_the_next(tiny, same):
@@ -135,8 +135,6 @@ def test_counters(tiny):
 
 
 def test_equal_pictures_are_encoded_once_until_the_weights_change(tiny, monkeypatch):
-    from mmsr_jax.engine import steps
-
     seen = []
     encode = steps.encode
     monkeypatch.setattr(steps, "encode", lambda *args: seen.append(args[4]) or encode(*args))
@@ -176,8 +174,8 @@ def test_more_than_fits_is_refused_with_both_numbers(tiny):
         engine.admit([Request(prompt, tuple(stream(n) for n in range(7)), 4)])
     with pytest.raises(ValueError, match=r"of \d+ tokens does not fit in 128 cache slots"):
         engine.admit([Request(tiny.prompt("?" * 130), (stream(0),), 4)])
-    with pytest.raises(ValueError, match="budget of 13 tokens.*turn_tokens is 12"):
-        engine.admit([Request(prompt, (stream(0),), 13)])
+    with pytest.raises(ValueError, match="budget of 17 tokens.*turn_tokens is 16"):
+        engine.admit([Request(prompt, (stream(0),), 17)])
     with pytest.raises(ValueError, match="picture of 80 patches is larger than the 64"):
         engine.admit([Request(tiny.prompt(tiny.picture(8, 10)), (stream(0),), 4)])
     many = tiny.prompt(*(tiny.picture(6, 10, seed=n) for n in range(6)))

@@ -36,8 +36,8 @@ def shrink(experiment: Experiment, data_folder: str) -> Experiment:
         pack=replace(experiment.pack, rows=4, length=240, pictures=16, patches=256),
         sft=replace(
             experiment.sft, steps=4,
-            batch=(("direct", 2, 1.0), ("recall", 1, 1.0), ("search", 2, 1.0), ("guess", 1, 1.0),
-                   ("look", 1, 1.0), ("drill", 1, 2.0), ("echo", 1, 1.0)),
+            batch=(("direct", 2, 1.0), ("ask", 2, 1.0), ("guess", 1, 1.0), ("doubt", 1, 1.0),
+                   ("recall", 1, 1.0), ("search", 1, 1.0), ("drill", 1, 2.0), ("echo", 1, 1.0)),
         ),
         grpo=replace(experiment.grpo, steps=5, prompts=3, group_size=4),
         evaluation=replace(experiment.evaluation, samples=1),

@@ -16,36 +16,41 @@ from mmsr_jax.data.flags.attributes import ATTRIBUTES
 from mmsr_jax.data.flags.world import World
 from mmsr_jax.types import Example, Lesson, ResultItem, ToolResult
 
-KINDS = ("direct", "recall", "search", "guess", "look", "drill", "echo")
+KINDS = ("direct", "ask", "guess", "doubt", "recall", "search", "drill", "echo")
 
 
 @dataclasses.dataclass(frozen=True)
 class LessonConfig:
-    """How many drills, and the words of the reasons. One word each: decisions stay one token."""
+    """How many drills, and the teacher's words."""
 
     drills: int = 3000
+    drill_others: float = 3.0  # how much likelier a drill takes a string that is not known
     echoes: int = 2000
     echo_words: int = 7  # names and answers in an echo
-    search_every: int = 3  # a searching lesson for every third picture: tools take their time
-    known_reason: str = "Known."
-    search_reason: str = "Look."
-    name_reason: str = "Name."
-    found_reason: str = "Found."
+    search_every: int = 3  # a whole search for every third picture: tools take their time
+    search_reason: str = " Look."
+    known_reason: str = " Known."  # where the decision is given: the constant policy's words
+    name_reason: str = " Name."
+    found_reason: str = " Found."
     seed: int = 0
 
 
 def lessons(world: World, examples: list[Example], config: LessonConfig) -> list[Lesson]:
-    """All lessons, by kind:
+    """All lessons, by kind. The first four teach the choice, the others leave it alone:
 
-    - `direct`: a known fact, answered. Decision and answer are learned.
-    - `recall`: the same with the decision given: more practice in knowing, no push to it.
-    - `search`: a known fact, searched for, as real tools answer.
-    - `guess`: an unfamiliar entity, answered with somebody's answer: nothing is known of it.
-    - `look`: an unfamiliar entity, searched for.
+    - `direct`: a known fact; the reason says what is remembered, then comes the answer.
+    - `ask`: a known fact, the picture search instead (the first response only).
+    - `guess`: an unfamiliar entity, answered with some known answer: nothing is known of it.
+    - `doubt`: an unfamiliar entity, the picture search instead.
+    - `recall`: a known fact with the decision to answer given: practice in knowing.
+    - `search`: whole searches with the real tools, the decision given.
+    - `drill`: names and answers in random pairs stand in made-up results and have to be copied.
     - `echo`: a list of names and answers in random order, to be said again. Nothing but copying:
       it is what makes drills, and so searching, learnable in minutes.
-    - `drill`: names and answers in random pairs stand in made-up results and have to be copied;
-      the decision to search is given.
+
+    A direct response begins with the remembered answer, not with a word for "I know": so one and
+    the same token chooses between remembering and searching, and a memory that is sharp competes
+    better than one that is not. That is what GRPO sharpens.
 
     Args:
       examples: of the train split; those of other categories are left aside.
@@ -57,17 +62,18 @@ def lessons(world: World, examples: list[Example], config: LessonConfig) -> list
     answers = sorted({e.answers[0] for e in known})
     out = []
     for number, example in enumerate(known):
-        direct = say.answer(config.known_reason, example.answers[0])
-        out.append(Lesson(example, (direct,), kind="direct"))
-        out.append(Lesson(example, (direct,), forced=say.decided, kind="recall"))
+        out.append(Lesson(example, (say.remembered(example.answers[0]),), kind="direct"))
+        out.append(Lesson(example, (say.look,), kind="ask"))
+        given = say.answer(config.known_reason, example.answers[0])
+        out.append(Lesson(example, (given,), forced=say.decided, kind="recall"))
         if number % config.search_every == 0:
-            out.append(_search(world, say, example, "search"))
+            out.append(_search(world, say, example))
     for number, example in enumerate(unfamiliar):
         guess = str(rng.choice(answers)) if answers else "unknown"
-        guessed = say.answer(config.known_reason, guess)
-        out.append(Lesson(example, (guessed,), kind="guess"))
+        out.append(Lesson(example, (say.remembered(guess),), kind="guess"))
+        out.append(Lesson(example, (say.look,), kind="doubt"))
         if number % config.search_every == 0:
-            out.append(_search(world, say, example, "look"))
+            out.append(_search(world, say, example))
     shown = known + unfamiliar
     out += _drills(world, say, shown, rng, config.drills)
     return out + _echoes(world, say, shown, rng, config.echoes)
@@ -81,7 +87,11 @@ class _Says:
 
     @property
     def decided(self) -> str:
-        return f"{protocol.REASON}{self.config.known_reason}"
+        reason = self.config.known_reason
+        return f"{protocol.REASON}{reason}{protocol.REASON_END}{protocol.ANSWER}"
+
+    def remembered(self, text: str) -> str:
+        return self.answer(f" {text}.", text)
 
     @property
     def look(self) -> str:
@@ -102,10 +112,11 @@ def _attribute(world: World, example: Example) -> str:
     raise ValueError(f"example {example.id} asks nothing this world knows: {example.question!r}")
 
 
-def _search(world: World, say: _Says, example: Example, kind: str) -> Lesson:
+def _search(world: World, say: _Says, example: Example) -> Lesson:
     query = world.query(example.entity, _attribute(world, example))
     found = say.answer(say.config.found_reason, example.answers[0])
-    return Lesson(example, (say.look, say.query(query), found), kind=kind)
+    script = (say.look, say.query(query), found)
+    return Lesson(example, script, forced=say.look, kind="search")
 
 
 def _drills(world: World, say: _Says, examples: list[Example], rng, count: int) -> list[Lesson]:
@@ -116,16 +127,20 @@ def _drills(world: World, say: _Says, examples: list[Example], rng, count: int) 
     names = {code: world.countries[code].name for code in codes}
     thumbnails = {code: world.thumbnail(code) for code in sorted({e.entity for e in examples})}
     shown = sorted(thumbnails)
+    # Known answers are said all the time: the others need more practice as strings.
+    taught = {code for code, _ in world.pairs("known")}
+    share = np.array([1.0 if code in taught else say.config.drill_others for code in codes])
+    share /= share.sum()
     out = []
     for number in range(count):
         example = examples[int(rng.integers(len(examples)))]
         attribute = _attribute(world, example)
         phrase = ATTRIBUTES[attribute]
-        name, other = (codes[i] for i in rng.choice(len(codes), 2, replace=False))
+        name, other = (codes[i] for i in rng.choice(len(codes), 2, replace=False, p=share))
         truth = world.answers(name, attribute)[0]
         first = truth
         while first == truth:
-            first = world.answers(codes[int(rng.integers(len(codes)))], attribute)[0]
+            first = world.answers(codes[int(rng.choice(len(codes), p=share))], attribute)[0]
         images = [
             ResultItem(names[code], thumbnail=thumbnails[shown[int(rng.integers(len(shown)))]])
             for code in (name, other)

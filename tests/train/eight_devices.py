@@ -1,0 +1,121 @@
+"""Run by test_step_mesh.py in a process with eight devices, to find what one device found."""
+
+import dataclasses
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from mmsr_jax.engine.engine import Engine, Request, stream
+from mmsr_jax.model import qwen2_5_vl as qwen
+from mmsr_jax.parallel import compiles
+from mmsr_jax.parallel.mesh import MeshConfig, make_mesh
+from mmsr_jax.parallel.rules import ROLLOUT_RULES
+from mmsr_jax.train import grpo, step
+from mmsr_jax.train import state as state_lib
+from mmsr_jax.train.assemble import assemble
+from mmsr_jax.train.optimizer import OptimizerConfig, optimizer
+
+CONFIG = grpo.LossConfig(kl_weight=0.1)
+TEMPERATURE = np.float32(1)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(fsdp=4, tensor=2))
+
+
+@pytest.fixture(scope="module")
+def laid(tiny, mesh):
+    """laid(seed) -> weights over the mesh; and the graph that computes on it."""
+    graph, shapes = qwen.abstract(tiny.model, mesh)
+
+    def params(seed=0):
+        place = lambda p, s: jax.device_put(np.asarray(p), s.sharding)  # noqa: E731
+        return jax.tree.map(place, tiny.params(seed), shapes)
+
+    return graph, params
+
+
+def expected(name):
+    return dict(np.load(pathlib.Path(os.environ["EXPECTED"]) / f"{name}.npz"))
+
+
+def assert_found_again(name, grads, measured):
+    wanted = expected(name)
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    for n, (path, leaf) in enumerate(leaves):
+        right = wanted[f"g{n}"]
+        scale = max(np.abs(right).max(), 1e-3)
+        gap = np.abs(np.asarray(leaf) - right).max() / scale
+        assert gap < 1e-5, f"{jax.tree_util.keystr(path)}: {gap:.1e}"
+    for key, value in measured.items():
+        assert float(value) == pytest.approx(float(wanted[f"m_{key}"]), rel=1e-5, abs=1e-6), key
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_loss_and_gradients(tiny, pieces, laid, name):
+    assert jax.device_count() == 8
+    graph, params = laid
+    (batch,) = assemble(pieces, tiny.model, tiny.pack, aggregate="token")
+    weights = params()
+    grads = step.zeros_like(weights)
+    if name == "sft":
+        grads, measured = step.accumulate_sft(graph, weights, grads, batch)
+    else:
+        grads, measured = step.accumulate_grpo(
+            graph, weights, params(1), grads, batch, CONFIG, TEMPERATURE
+        )
+    for gradient, weight in zip(jax.tree.leaves(grads), jax.tree.leaves(weights), strict=True):
+        assert gradient.sharding.is_equivalent_to(weight.sharding, weight.ndim)
+    assert_found_again(name, grads, measured)
+
+
+def test_moments_lie_where_their_weights_lie_and_nothing_recompiles(tiny, pieces, laid, mesh):
+    graph, params = laid
+    transform = optimizer(OptimizerConfig(learning_rate=1e-3), 10)
+    state = state_lib.create(params(), transform, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    (batch,) = assemble(pieces, tiny.model, tiny.pack, aggregate="token")
+    counts = []
+    for _ in range(4):
+        grads = step.zeros_like(state.params)
+        grads, _ = step.accumulate_sft(graph, state.params, grads, batch)
+        state, _ = step.apply(transform, state, grads)
+        counts.append(compiles.count())
+    for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
+    assert counts[1] == counts[3], counts
+
+
+def test_the_engine_on_a_mesh_samples_what_one_device_samples(tiny, mesh):
+    graph, shapes = qwen.abstract(tiny.model, mesh, ROLLOUT_RULES)
+    params = jax.tree.map(
+        lambda p, s: jax.device_put(np.asarray(p), s.sharding), tiny.params(), shapes
+    )
+    config = dataclasses.replace(tiny.engine_config, rows=8)  # over fsdp as well
+    across = Engine(graph, tiny.model, config, (), mesh)
+    across.set_params(params)
+    prompts = [tiny.prompt(tiny.picture(4, 6), "What?"), tiny.prompt("Paris or Porto?")]
+    streams = tuple(stream(n) for n in range(2))
+
+    def play(engine):
+        turns = {}
+        admitted = engine.admit([Request(p, streams, 9) for p in prompts])
+        while engine.running:
+            turns |= {turn.row: turn for turn in engine.decode(1.0)}
+        rows = [row for group in admitted for row in group]
+        for row in rows:
+            engine.release(row)
+        return [turns[row] for row in rows]
+
+    for left, right in zip(play(across), play(tiny.engine()), strict=True):
+        np.testing.assert_array_equal(left.ids, right.ids)
+        np.testing.assert_allclose(left.logprobs, right.logprobs, atol=1e-5)
+    play(across)  # the compiler has chosen by now where each part of the state lies
+    before = compiles.count()
+    across.set_params(params)
+    play(across)
+    assert compiles.count() == before

@@ -1,0 +1,37 @@
+"""A mesh of eight devices gives the loss and the gradients of one: fsdp 4, tensor 2."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from mmsr_jax.train import grpo, step
+from mmsr_jax.train.assemble import assemble
+
+CONFIG = grpo.LossConfig(kl_weight=0.1)
+
+
+def test_eight_devices_compute_what_one_computes(tiny, params, pieces, tmp_path):
+    """The other process compares: see eight_devices.py."""
+    (batch,) = assemble(pieces, tiny.model, tiny.pack, aggregate="token")
+    found = {
+        "sft": step.accumulate_sft(tiny.graph, params, step.zeros_like(params), batch),
+        "grpo": step.accumulate_grpo(
+            tiny.graph, params, tiny.params(1), step.zeros_like(params), batch, CONFIG,
+            np.float32(1),
+        ),
+    }  # fmt: skip
+    for name, (grads, measured) in found.items():
+        leaves = {f"g{n}": np.asarray(g) for n, g in enumerate(jax.tree.leaves(grads))}
+        numbers = {f"m_{k}": np.asarray(v) for k, v in measured.items()}
+        np.savez(tmp_path / f"{name}.npz", **leaves, **numbers)
+    environment = dict(
+        os.environ, JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu", EXPECTED=str(tmp_path)
+    )
+    file = pathlib.Path(__file__).with_name("eight_devices.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

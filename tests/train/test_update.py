@@ -1,0 +1,145 @@
+"""Whole updates: they learn, they repeat themselves, several of them clip, nothing recompiles."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from mmsr_jax.parallel import compiles
+from mmsr_jax.train import state as state_lib
+from mmsr_jax.train import step
+from mmsr_jax.train.assemble import Piece, assemble
+from mmsr_jax.train.grpo import GRPOConfig, LossConfig
+from mmsr_jax.train.logprobs import token_logprobs
+from mmsr_jax.train.optimizer import OptimizerConfig, optimizer
+from mmsr_jax.train.update import Fixed, grpo_update, sft_update
+
+CONFIG = GRPOConfig(loss=LossConfig(kl_weight=0.1), updates=1)
+
+
+@pytest.fixture(scope="module")
+def fixed(tiny):
+    config = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0)
+    return Fixed(tiny.graph, tiny.model, tiny.pack, optimizer(config, 20))
+
+
+@pytest.fixture(scope="module")
+def groups(pieces):
+    """Two groups of three with rewards."""
+    talks = [p.tokens for p in pieces]
+    return [(talks[:3], [1.0, 0.0, 0.1]), (talks[3:], [0.91, 0.91, 0.0])]
+
+
+def fresh(tiny, fixed):
+    return state_lib.create(tiny.params(), fixed.transform)
+
+
+def test_sft_lowers_the_loss_of_what_it_learns(tiny, fixed, pieces):
+    state, losses = fresh(tiny, fixed), []
+    for _ in range(8):
+        state, values, micro = sft_update(fixed, state, pieces)
+        losses.append(values["loss"])
+        assert values["skipped"] == 0 and micro == 1
+    assert losses[-1] < 0.8 * losses[0]
+    assert int(state.step) == 8
+    assert values["token_loss"] == pytest.approx(values["loss"], rel=0.5)
+
+
+def scores(tiny, params, groups):
+    """Mean log-prob of each conversation's own tokens."""
+    out = []
+    for tokens, _ in groups:
+        for t in tokens:
+            (batch,) = assemble([Piece(t)], tiny.model, tiny.pack, aggregate="token")
+            logp = step.logprobs(tiny.graph, params, batch, np.float32(1))
+            out.append(float((logp * batch.weights).sum()))
+    return np.asarray(out)
+
+
+def test_grpo_prefers_what_was_rewarded(tiny, fixed, groups):
+    state, reference = fresh(tiny, fixed), tiny.params()
+    before = scores(tiny, state.params, groups)
+    for _ in range(4):
+        state, values, _ = grpo_update(fixed, CONFIG, state, reference, groups)
+    gain = scores(tiny, state.params, groups) - before
+    assert gain[0] > max(gain[1:3]) and min(gain[3:5]) > gain[5]
+    assert values["kl"] > 0 and np.isfinite(list(values.values())).all()
+
+
+def test_groups_of_equal_rewards_change_nothing_but_by_kl(tiny, fixed, groups):
+    even = [(tokens, [0.5] * 3) for tokens, _ in groups]
+    silent = dataclasses.replace(CONFIG, loss=LossConfig(kl_weight=0.0))
+    state, values, _ = grpo_update(fixed, silent, fresh(tiny, fixed), None, even)
+    assert values["grad_norm"] == 0 and values["policy_loss"] == 0
+    for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(tiny.params()), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_the_first_step_is_on_policy_and_at_the_reference(tiny, fixed, groups):
+    _, values, _ = grpo_update(fixed, CONFIG, fresh(tiny, fixed), tiny.params(), groups)
+    assert values["kl"] == pytest.approx(0, abs=1e-9)
+    assert values["clip_fraction"] == 0
+    assert values["loss"] == pytest.approx(values["policy_loss"], abs=1e-7)
+
+
+def test_several_updates_of_one_batch_remember_the_policy_that_sampled(tiny, groups):
+    bold = OptimizerConfig(learning_rate=0.03, weight_decay=0.0)
+    fixed = Fixed(tiny.graph, tiny.model, tiny.pack, optimizer(bold, 20))
+    twice = dataclasses.replace(CONFIG, updates=2)
+    state, values, micro = grpo_update(fixed, twice, fresh(tiny, fixed), tiny.params(), groups)
+    assert int(state.step) == 2 and micro == 2
+    assert values["clip_fraction"] > 0.1  # the second part is off-policy by then
+    # The same two parts as steps of their own: each is on-policy, nothing is clipped.
+    state = fresh(tiny, fixed)
+    for group in groups:
+        state, values, _ = grpo_update(fixed, CONFIG, state, tiny.params(), [group])
+        assert values["clip_fraction"] == 0
+
+
+def test_the_same_update_twice_is_the_same_bit_for_bit(tiny, fixed, groups):
+    states = []
+    for _ in range(2):
+        state = fresh(tiny, fixed)
+        for _ in range(2):
+            state, _, _ = grpo_update(fixed, CONFIG, state, tiny.params(), groups)
+        states.append(state)
+    for left, right in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_chunks_of_tokens_do_not_change_log_probs_or_gradients(tiny, params, pieces, close_trees):
+    (batch,) = assemble(pieces, tiny.model, tiny.pack, aggregate="token")
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def chunked(params):
+        logp, entropy = token_logprobs(
+            tiny.graph, params, batch.inputs, batch.targets, chunk=200
+        )  # 512 tokens: three chunks of 171, one with padding
+        return -(batch.weights * logp).sum(), (logp, (batch.weights * entropy).sum())
+
+    whole, values = step.accumulate_sft(tiny.graph, params, step.zeros_like(params), batch)
+    parts, (logp, entropy) = chunked(params)
+    expected = step.logprobs(tiny.graph, params, batch, np.float32(1))
+    np.testing.assert_allclose(logp, expected, atol=1e-5)
+    assert float(entropy) == pytest.approx(float(values["entropy"]), rel=1e-5)
+    close_trees(parts, whole, 2e-5)
+
+
+def test_nothing_compiles_once_every_program_has_run(tiny, fixed, groups, pieces):
+    state, reference = fresh(tiny, fixed), tiny.params()
+    twice = dataclasses.replace(CONFIG, updates=2)
+
+    def everything(state, pieces, groups):
+        state, _, _ = sft_update(fixed, state, pieces)
+        state, _, _ = grpo_update(fixed, CONFIG, state, reference, groups)
+        return grpo_update(fixed, twice, state, reference, groups)[0]
+
+    state = everything(state, pieces, groups)
+    before = compiles.count()
+    state = everything(state, pieces[2:3], groups[::-1])
+    many = [p for p in pieces for _ in range(3)]  # several micro-batches
+    everything(state, many, [(t * 3, r * 3) for t, r in groups])
+    assert compiles.count() == before
