@@ -1,9 +1,9 @@
-"""The flags world with an hour instead of a quarter: sharper choices, and for unseen flags too.
+"""The flags world with more time: sharper choices, and for flags that were never shown too.
 
     mmsr train configs/flags_long.py
 
-The diff to flags.py: more unfamiliar flags' worth of practice in the warm-up, more and larger
-groups in GRPO, and a learning rate that falls, which stops the swinging of the last steps.
+The diff to flags.py: twice the warm-up, four times as many steps of GRPO with a later fall of the
+learning rate, and twice the samples in the evaluation.
 """
 
 import dataclasses
@@ -19,7 +19,9 @@ def get_config() -> Experiment:
     return replace(
         base,
         name="flags_long",
-        sft=replace(base.sft, steps=600),
-        grpo=replace(base.grpo, steps=500, prompts=16, group_size=8),
+        sft=replace(base.sft, steps=1200),
+        grpo=replace(
+            base.grpo, steps=360, optimizer=replace(base.grpo.optimizer, decay_midpoint=280)
+        ),
         evaluation=replace(base.evaluation, samples=4),
     )

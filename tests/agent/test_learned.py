@@ -119,11 +119,8 @@ def test_samples_depend_neither_on_neighbours_nor_on_when_tools_answer(
     engine = tiny.engine(params, tiny.tokenizer.eos_ids)
     base = ask(tiny, engine, asks, temperature)
     again = ask(tiny, engine, asks[::-1], temperature, seed=1)[::-1]
-    roomy = dataclasses.replace(tiny.engine_config, rows=16)
-    engine = tiny.engine(params, tiny.tokenizer.eos_ids, roomy)
-    wide = ask(tiny, engine, asks, temperature, seed=2)
-    alone = [ask(tiny, engine, [a], temperature, seed=3)[0] for a in asks]
-    for other in (again, wide, alone):
+    alone = [ask(tiny, engine, [a], temperature, seed=2)[0] for a in asks]
+    for other in (again, alone):
         for left, right in zip(base, other, strict=True):
             for a, b in zip(left, right, strict=True):
                 np.testing.assert_array_equal(a.tokens.ids, b.tokens.ids)
