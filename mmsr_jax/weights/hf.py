@@ -1,9 +1,11 @@
 """Published checkpoints in safetensors: read into our tree, written from it."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import jax
@@ -29,28 +31,52 @@ from mmsr_jax.weights.hf_names import (
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Files that go with the weights and do not change with them.
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory."""
+
+    graph: object  # of `qwen2_5_vl.abstract`, hashable
+    params: dict  # nested dict of arrays, as `qwen2_5_vl.init` makes them
+    config: ModelConfig
 
 
 def load(
     folder: pathlib.Path | str,
-    config: ModelConfig | None = None,
+    *,
     mesh: Mesh | None = None,
+    dtype: str | None = None,
+    config: ModelConfig | None = None,
     rules: Rules = TRAIN_RULES,
-) -> tuple[ModelConfig, dict]:
+) -> Loaded:
     """Read a checkpoint folder, one file or many, under the old or the new tensor names.
 
     Args:
-        config: how to compute and in which dtype to keep parameters; None takes config.json.
         mesh, rules: where to lay the parameters; None leaves them on the default device.
-
-    Returns: the config, and parameters as `qwen2_5_vl.init` makes them.
+        dtype: of the parameters and of the computation; None keeps the config's.
+        config: instead of the folder's config.json.
 
     Raises:
         ValueError: tensors missing, unexpected or of another shape, all named in one message.
     """
     folder = pathlib.Path(folder)
     config = hf_config.read(folder) if config is None else config
-    shapes = qwen2_5_vl.abstract(config, mesh, rules)[1]
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    graph, shapes = qwen2_5_vl.abstract(config, mesh, rules)
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)
         _check(config, shapes, tensors, folder)
@@ -64,13 +90,15 @@ def load(
                 place = ours[index] if entry.stacked else ours
                 place[...] = to_ours(entry, file.get_tensor(key), inner)
             _put(params, entry.path, _lay_out(ours, target.sharding))
-    return config, params
+    return Loaded(graph, params, config)
 
 
 def save(
-    folder: pathlib.Path | str,
-    config: ModelConfig,
     params: dict,
+    config: ModelConfig,
+    folder: pathlib.Path | str,
+    *,
+    source: pathlib.Path | str | None = None,
     dtype: str = "bfloat16",
     shard_bytes: int = 5 * 10**9,
 ) -> None:
@@ -78,6 +106,7 @@ def save(
 
     Args:
         params: nested dict of arrays that this process can read whole.
+        source: folder whose tokenizer, processor and generation files are copied as they are.
         dtype: of the tensors on disk.
         shard_bytes: files are cut so that none is much larger; a single one has no index.
     """
@@ -105,6 +134,9 @@ def save(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(hf_config.flat(config, dtype), indent=2) + "\n")
+    for name in CARRIED if source is not None else ():
+        if (pathlib.Path(source) / name).is_file():
+            shutil.copyfile(pathlib.Path(source) / name, folder / name)
 
 
 def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple]:

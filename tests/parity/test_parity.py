@@ -141,9 +141,15 @@ def original_batch(token_rows, pics, which, length):
     }
 
 
+def read(folder):
+    loaded = hf.load(folder)
+    assert loaded.graph == qwen2_5_vl.abstract(loaded.config)[0]
+    return loaded.config, loaded.params
+
+
 def test_logits_of_a_batch_with_pictures(original, rng):
     model, folder = original
-    config, params = hf.load(folder)
+    config, params = read(folder)
     assert config.text.tied == model.config.tie_word_embeddings
     graph, _ = qwen2_5_vl.abstract(config)
     pics = pictures(rng)
@@ -179,7 +185,7 @@ def test_logits_of_a_batch_with_pictures(original, rng):
 
 def test_bfloat16_stays_close(original, rng):
     model, folder = original
-    config, params = hf.load(folder)
+    config, params = read(folder)
     config = dataclasses.replace(config, dtype="bfloat16")
     graph, _ = qwen2_5_vl.abstract(config)
     # Long positions: angles kept in bfloat16 would be far off here.
@@ -201,9 +207,16 @@ def test_bfloat16_stays_close(original, rng):
 
 def test_export_loads_strictly_in_the_original(original, tmp_path):
     model, folder = original
-    config, params = hf.load(folder)
-    hf.save(tmp_path, config, params, dtype="float32", shard_bytes=60_000)
+    config, params = read(folder)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "generation_config.json").write_text('{"do_sample": false}')
+    (source / "notes.txt").write_text("stays behind")
+    tmp_path = tmp_path / "export"
+    hf.save(params, config, tmp_path, source=source, dtype="float32", shard_bytes=60_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert (tmp_path / "generation_config.json").read_text() == '{"do_sample": false}'
+    assert not (tmp_path / "notes.txt").exists()
     again, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         tmp_path, output_loading_info=True, dtype=torch.float32
     )
@@ -214,7 +227,7 @@ def test_export_loads_strictly_in_the_original(original, tmp_path):
         assert torch.equal(tensor, expected[name]), name
     rope = model.config.text_config.rope_parameters
     assert rope.items() <= again.config.text_config.rope_parameters.items()
-    back, params_again = hf.load(tmp_path)
+    back, params_again = read(tmp_path)
     assert back == config
     jax.tree.map(np.testing.assert_array_equal, params_again, params)
 
@@ -224,8 +237,8 @@ def test_names_of_programs_in_memory_load_too(original, tmp_path):
     model.save_pretrained(tmp_path, save_original_format=False)
     with safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
         assert any(name.startswith("model.language_model.layers.0.") for name in file.keys())  # noqa: SIM118
-    config, params = hf.load(tmp_path)
-    expected_config, expected = hf.load(folder)
+    config, params = read(tmp_path)
+    expected_config, expected = read(folder)
     assert config == expected_config
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
@@ -233,7 +246,7 @@ def test_names_of_programs_in_memory_load_too(original, tmp_path):
 def test_loss_gradient_matches(original, rng):
     """One backward pass: a tied table collects from both its uses."""
     model, folder = original
-    config, params = hf.load(folder)
+    config, params = read(folder)
     graph, _ = qwen2_5_vl.abstract(config)
     pics = pictures(rng)
     tokens = rows(rng, pics)
@@ -263,15 +276,15 @@ def test_loss_gradient_matches(original, rng):
 
 def test_errors_name_every_tensor(original, tmp_path):
     _, folder = original
-    config, params = hf.load(folder)
-    hf.save(tmp_path, config, params)
+    config, params = read(folder)
+    hf.save(params, config, tmp_path)
     larger = dataclasses.replace(
         config,
         text=dataclasses.replace(config.text, layers=4, intermediate=81, tied=False),
         vision=dataclasses.replace(config.vision, depth=3, full_attention_layers=(1,)),
     )
     with pytest.raises(ValueError) as error:
-        hf.load(tmp_path, larger)
+        hf.load(tmp_path, config=larger)
     message = str(error.value)
     assert "missing model.layers.3.mlp.up_proj.weight" in message
     assert "unexpected visual.blocks.3.attn.qkv.bias" in message

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mmsr_jax.engine.engine import Engine, Request, stream
+from mmsr_jax.engine.engine import Engine
 from mmsr_jax.model import qwen2_5_vl as qwen
 from mmsr_jax.parallel import compiles
 from mmsr_jax.parallel.mesh import MeshConfig, make_mesh
@@ -29,12 +29,11 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def laid(tiny, mesh):
-    """laid(seed) -> weights over the mesh; and the graph that computes on it."""
+    """The graph that computes on the mesh, and params(seed) -> weights laid out over it."""
     graph, shapes = qwen.abstract(tiny.model, mesh)
 
     def params(seed=0):
-        place = lambda p, s: jax.device_put(np.asarray(p), s.sharding)  # noqa: E731
-        return jax.tree.map(place, tiny.params(seed), shapes)
+        return jax.tree.map(lambda p, s: jax.device_put(p, s.sharding), tiny.params(seed), shapes)
 
     return graph, params
 
@@ -90,32 +89,18 @@ def test_moments_lie_where_their_weights_lie_and_nothing_recompiles(tiny, pieces
     assert counts[1] == counts[3], counts
 
 
-def test_the_engine_on_a_mesh_samples_what_one_device_samples(tiny, mesh):
+def test_the_engine_samples_what_it_samples_on_one_device(tiny, mesh, sampled):
     graph, shapes = qwen.abstract(tiny.model, mesh, ROLLOUT_RULES)
-    params = jax.tree.map(
-        lambda p, s: jax.device_put(np.asarray(p), s.sharding), tiny.params(), shapes
-    )
-    config = dataclasses.replace(tiny.engine_config, rows=8)  # over fsdp as well
-    across = Engine(graph, tiny.model, config, (), mesh)
-    across.set_params(params)
-    prompts = [tiny.prompt(tiny.picture(4, 6), "What?"), tiny.prompt("Paris or Porto?")]
-    streams = tuple(stream(n) for n in range(2))
-
-    def play(engine):
-        turns = {}
-        admitted = engine.admit([Request(p, streams, 9) for p in prompts])
-        while engine.running:
-            turns |= {turn.row: turn for turn in engine.decode(1.0)}
-        rows = [row for group in admitted for row in group]
-        for row in rows:
-            engine.release(row)
-        return [turns[row] for row in rows]
-
-    for left, right in zip(play(across), play(tiny.engine()), strict=True):
-        np.testing.assert_array_equal(left.ids, right.ids)
-        np.testing.assert_allclose(left.logprobs, right.logprobs, atol=1e-5)
-    play(across)  # the compiler has chosen by now where each part of the state lies
+    params = jax.tree.map(lambda p, s: jax.device_put(p, s.sharding), tiny.params(), shapes)
+    config = dataclasses.replace(tiny.engine_config, rows=8)  # divides over fsdp
+    engine = Engine(graph, tiny.model, config, (), mesh)
+    engine.set_params(params)
+    ids, logprobs = sampled(engine)
+    wanted = expected("engine")
+    np.testing.assert_array_equal(ids, wanted["ids"])
+    np.testing.assert_allclose(logprobs, wanted["logprobs"], atol=1e-5)
+    sampled(engine)  # the compiler has chosen by now where each part of the state lies
     before = compiles.count()
-    across.set_params(params)
-    play(across)
+    engine.set_params(params)
+    sampled(engine)
     assert compiles.count() == before

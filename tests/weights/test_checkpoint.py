@@ -140,7 +140,7 @@ def test_one_device_to_eight_and_back(tiny, tmp_path):
     )
     file = pathlib.Path(__file__).with_name("eight_devices.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         found, meta = checkpoints.restore(state_lib.abstract(state))
