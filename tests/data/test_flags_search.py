@@ -45,7 +45,7 @@ def test_image_search_puts_the_right_flag_first(world):
 
 def test_tools_answer_through_the_toolbox(world):
     picture = world.picture("NP", "capital", "test", 0)
-    with Toolbox(flags_tools(world, topk=2)) as box:
+    with Toolbox(flags_tools(world, image_results=2, text_results=2)) as box:
         images = box.submit(ToolCall("image_search", "", picture, "?")).result(10)
         texts = box.submit(ToolCall("text_search", "capital of Nepal", picture, "?")).result(10)
         broken = box.submit(ToolCall("image_search", "", b"?", "?")).result(10)
