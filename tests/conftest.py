@@ -90,6 +90,13 @@ class Tiny:
         return jax.device_put(drawn, jax.devices()[0])
 
     @functools.cached_property
+    def transform(self):
+        """One optimiser for all: `step.apply` compiles anew for each."""
+        from mmsr_jax.train.optimizer import OptimizerConfig, optimizer
+
+        return optimizer(OptimizerConfig(learning_rate=1e-2, weight_decay=0.0), 100)
+
+    @functools.cached_property
     def engine_config(self):
         from mmsr_jax.engine.engine import EngineConfig
 

@@ -28,18 +28,3 @@ def write(store: jax.Array, layer: jax.Array, slots: jax.Array, new: jax.Array) 
     return store.at[layer, rows, slots].set(
         new.astype(store.dtype), mode="drop", unique_indices=True
     )
-
-
-def read(store: jax.Array, layer: jax.Array, extent: int) -> jax.Array:
-    """[B, extent, K, H]: the first `extent` slots of one layer."""
-    size = (1, store.shape[1], extent, *store.shape[3:])
-    return jax.lax.dynamic_slice(store, (layer, 0, 0, 0, 0), size)[0]
-
-
-def extents(slots: int) -> tuple[int, ...]:
-    """Numbers of leading slots that attention may be limited to: six at the most, 32 apart or more.
-
-    Early in a conversation most slots are empty; reading them is what decoding spends its time on.
-    """
-    step = max(32, -(-slots // (6 * 32)) * 32)
-    return (*range(step, slots, step), slots)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmsr_jax.model import rope
-from mmsr_jax.model.attention import attend, segment_mask
-from mmsr_jax.model.cache import Cache, extents, read, target_slots, write
+from mmsr_jax.model.attention import attend, attend_cached, segment_mask
+from mmsr_jax.model.cache import Cache, target_slots, write
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.model.layers import Dense, Embedding, GatedMLP, RMSNorm
 from mmsr_jax.parallel.rules import Placement
@@ -140,21 +140,9 @@ class TextModel(nnx.Module):
         size = cache.k.shape[2]
         slots = target_slots(cache.lengths, segments, size)
         own = cache.lengths[:, None] + jnp.arange(segments.shape[1], dtype=jnp.int32)
-        mask = jnp.arange(size, dtype=jnp.int32) <= own[:, :, None]
         grown = cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
-        choices = extents(size)
         # Rows without a new token (paused ones) do not count, however long they are.
         reach = jnp.max(jnp.where(jnp.any(segments > 0, axis=1), grown, 0))
-        choice = jnp.searchsorted(jnp.asarray(choices), reach)
-
-        def attend_first(extent):
-            def branch(q, k_store, v_store, layer):
-                k, v = read(k_store, layer, extent), read(v_store, layer, extent)
-                return attend(q, k, v, mask[:, :, :extent])
-
-            return branch
-
-        branches = [attend_first(extent) for extent in choices]
 
         # The cache is a carry, not scanned inputs and outputs: those would be copied every token.
         def body(carry, layer_params):
@@ -163,7 +151,7 @@ class TextModel(nnx.Module):
             q, k, v = layer.before(x, *turn)
             k_store = write(k_store, index, slots, k)
             v_store = write(v_store, index, slots, v)
-            attended = jax.lax.switch(choice, branches, q, k_store, v_store, index)
+            attended = attend_cached(q, k_store, v_store, index, own, reach)
             return (layer.after(x, attended), k_store, v_store, index + 1), None
 
         start = (x, cache.k, cache.v, jnp.int32(0))

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmsr_jax.engine.choose import choose
+from mmsr_jax.engine.choose import choose as untraced
+
+choose = jax.jit(untraced)
 
 LOGITS = jnp.asarray([[0.0, 1.0, 2.0, -1.0], [3.0, 0.5, 3.0, 0.0]], jnp.float32)
 

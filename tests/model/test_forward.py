@@ -10,8 +10,7 @@ import pytest
 
 from mmsr_jax.inputs import layout
 from mmsr_jax.model import qwen2_5_vl
-from mmsr_jax.model.attention import attend
-from mmsr_jax.model.cache import extents
+from mmsr_jax.model.attention import attend, attend_cached
 from mmsr_jax.model.config import preset
 from mmsr_jax.model.qwen2_5_vl import Inputs
 from mmsr_jax.types import Picture
@@ -24,7 +23,7 @@ CONFIG = dataclasses.replace(
 )
 IMAGE = CONFIG.image_token_id
 GRIDS = [(1, 4, 6), (1, 10, 6), (1, 2, 2)]
-SLOTS = 80  # three extents of the cache
+SLOTS = 80  # blocks of cached attention: two and a half
 
 
 @pytest.fixture(scope="module")
@@ -257,11 +256,24 @@ def test_attention_of_a_row_that_may_see_nothing_is_finite():
     np.testing.assert_allclose(out, 2.0, rtol=1e-6)
 
 
-def test_extents_end_with_all_slots():
-    assert extents(16) == (16,) and extents(64) == (32, 64)
-    assert extents(192) == (32, 64, 96, 128, 160, 192)
-    for slots in range(1, 3000, 13):
-        assert extents(slots)[-1] == slots and len(extents(slots)) <= 6
+@pytest.mark.parametrize("slots", [16, 64, 80, 100])
+def test_cached_attention_equals_the_reference_and_ignores_the_neighbours(slots):
+    """Block by block, also when the slots are no whole number of blocks."""
+    rng = np.random.default_rng(slots)
+    rows, queries, layers = 3, 2, 2
+    q = jnp.asarray(rng.normal(size=(rows, queries, 4, 8)), jnp.float32)
+    k, v = (
+        jnp.asarray(rng.normal(size=(layers, rows, slots, 2, 8)), jnp.float32) for _ in range(2)
+    )
+    run = jax.jit(attend_cached)
+    ends = [2, slots // 2, slots]
+    own = jnp.asarray([[end - 2, end - 1] for end in ends], jnp.int32)
+    mask = jnp.arange(slots) <= own[:, :, None]
+    for layer in range(layers):
+        found = run(q, k, v, layer, own, slots)
+        np.testing.assert_allclose(found, attend(q, k[layer], v[layer], mask), atol=1e-6)
+        for row, end in enumerate(ends):  # the longest row decides how much is read
+            np.testing.assert_array_equal(run(q, k, v, layer, own, end)[row], found[row])
 
 
 def test_the_graph_is_hashable_and_parameters_are_plain(model):

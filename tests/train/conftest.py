@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from mmsr_jax.engine.engine import Request, stream
 from mmsr_jax.inputs import layout
 from mmsr_jax.model import qwen2_5_vl as qwen
 from mmsr_jax.train.assemble import Piece
@@ -34,25 +33,6 @@ def pieces(tiny) -> list[Piece]:
         Piece(tokens, advantage=a, weight=w)
         for tokens, a, w in zip(talks, signs, [1, 1, 1, 2, 1, 0.5], strict=True)
     ]
-
-
-@pytest.fixture(scope="session")
-def sampled(tiny):
-    """sampled(engine) -> ids and log-probs [4, 9] of two groups of two."""
-
-    def run(engine):
-        prompts = [tiny.prompt(tiny.picture(4, 6), "What?"), tiny.prompt("Paris or Porto?")]
-        streams = tuple(stream(n) for n in range(2))
-        admitted = engine.admit([Request(p, streams, 9) for p in prompts])
-        turns = {}
-        while engine.running:
-            turns |= {turn.row: turn for turn in engine.decode(1.0)}
-        rows = [row for group in admitted for row in group]
-        for row in rows:
-            engine.release(row)
-        return tuple(np.stack([getattr(turns[r], k) for r in rows]) for k in ("ids", "logprobs"))
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -211,11 +211,11 @@ def test_entropy_is_the_policys_own(params, alone, scored):
 def test_on_policy_gradient_of_the_model_is_that_of_weighted_log_probs(
     tiny, params, pieces, close_trees
 ):
-    """GRPO without KL and old log-probs is SFT with advantages for weights."""
-    config = grpo.LossConfig(kl_weight=0.0)
+    """On-policy and at its reference, GRPO is SFT with advantages for weights."""
+    config = grpo.LossConfig(kl_weight=0.1)
     (batch,) = assemble(pieces, tiny.model, tiny.pack, aggregate="token")
     grads, values = step.accumulate_grpo(
-        tiny.graph, params, None, step.zeros_like(params), batch, config, ONE
+        tiny.graph, params, params, step.zeros_like(params), batch, config, ONE
     )
     weighted = dataclasses.replace(batch, weights=batch.weights * batch.advantages)
     expected, _ = step.accumulate_sft(tiny.graph, params, step.zeros_like(params), weighted)

@@ -14,7 +14,7 @@ from mmsr_jax.train.assemble import assemble
 CONFIG = grpo.LossConfig(kl_weight=0.1)
 
 
-def test_eight_devices_compute_what_one_computes(tiny, params, pieces, sampled, tmp_path):
+def test_eight_devices_compute_what_one_computes(tiny, params, pieces, tmp_path):
     """The other process compares: see eight_devices.py."""
     (batch,) = assemble(pieces, tiny.model, tiny.pack, aggregate="token")
     found = {
@@ -28,10 +28,12 @@ def test_eight_devices_compute_what_one_computes(tiny, params, pieces, sampled, 
         leaves = {f"g{n}": np.asarray(g) for n, g in enumerate(jax.tree.leaves(grads))}
         numbers = {f"m_{k}": np.asarray(v) for k, v in measured.items()}
         np.savez(tmp_path / f"{name}.npz", **leaves, **numbers)
-    ids, logprobs = sampled(tiny.engine(params))
-    np.savez(tmp_path / "engine.npz", ids=ids, logprobs=logprobs)
     environment = dict(
-        os.environ, JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu", EXPECTED=str(tmp_path)
+        os.environ,
+        JAX_NUM_CPU_DEVICES="8",
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS="--xla_backend_optimization_level=0",  # compiles in two thirds of the time
+        EXPECTED=str(tmp_path),
     )
     file = pathlib.Path(__file__).with_name("eight_devices.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]

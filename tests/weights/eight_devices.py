@@ -8,19 +8,17 @@ import numpy as np
 from mmsr_jax.model import qwen2_5_vl as qwen
 from mmsr_jax.parallel.mesh import MeshConfig, make_mesh
 from mmsr_jax.train import state as state_lib
-from mmsr_jax.train.optimizer import OptimizerConfig, optimizer
 from mmsr_jax.weights.checkpoint import CheckpointConfig, Checkpoints
 
 
 def test_restored_onto_a_mesh(tiny):
     assert jax.device_count() == 8
-    transform = optimizer(OptimizerConfig(learning_rate=1e-2), 10)
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     shapes = qwen.abstract(tiny.model, mesh)[1]
     given = tiny.params()
     params = jax.tree.map(lambda p, s: jax.device_put(p, s.sharding), given, shapes)
     zeros = jax.tree.map(lambda p: p * 0, params)
-    target = state_lib.abstract(state_lib.create(zeros, transform, mesh))
+    target = state_lib.abstract(state_lib.create(zeros, tiny.transform, mesh))
     with Checkpoints(os.environ["CHECKPOINTS"], CheckpointConfig()) as checkpoints:
         state, meta = checkpoints.restore(target)
         assert meta == {"step": 1}
