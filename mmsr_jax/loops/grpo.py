@@ -49,7 +49,9 @@ def run(job: Job, log: RunLog, params):
         with log.progress(config.steps, "grpo", start=first) as bar:
             for number in range(first, config.steps):
                 # 1. Sample.
+                began = time.perf_counter()
                 job.sync(state.params)
+                synced = time.perf_counter() - began
                 groups, timings, questions = _sample(job, stream, number)
                 # 2. Score.
                 scored = [
@@ -75,6 +77,7 @@ def run(job: Job, log: RunLog, params):
                         "train/micro_batches": micro,
                         "data/skipped": job.skipped + stream.skipped,
                         "data/questions": questions,
+                        "time/sync": synced,
                         "time/update": took,
                         "time/rollout": timings["rollout"],
                         "time/tools_wait": timings["tools_wait"],

@@ -18,9 +18,13 @@ from mmsr_jax.loops import run as loop
 UNEQUAL = ("time/", "compile/", "engine/")
 
 
+def lines(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(workdir: pathlib.Path) -> list[dict]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(UNEQUAL)} for line in lines]
+    """What equal runs have in common."""
+    return [{k: v for k, v in line.items() if not k.startswith(UNEQUAL)} for line in lines(workdir)]
 
 
 def summary(workdir: pathlib.Path) -> dict:
@@ -43,14 +47,15 @@ def test_run_leaves_what_the_contract_names(whole, small):
     assert (whole / "trajectories" / "1.jsonl").is_file()
     assert list((whole / "tensorboard").rglob("events*"))
     assert experiment_lib.Experiment.from_json((whole / "config.json").read_text()) == small
-    lines = [line for line in metrics(whole) if line["stage"] == "grpo"]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    logged = [line for line in lines(whole) if line["stage"] == "grpo"]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4, 5]
     for name in (
         "reward/mean", "reward/accuracy", "reward/format", "search/ratio", "search/image_ratio",
         "search/text_ratio", "train/loss", "train/kl", "train/grad_norm",
         "train/logprob_gap_mean", "train/logprob_gap_max", "engine/occupancy",
+        "engine/tokens_per_second", "time/rollout", "time/tools_wait", "time/update", "time/sync",
     ):  # fmt: skip
-        assert name in lines[0], name
+        assert name in logged[0], name
     values = summary(whole)
     for name in (
         "eval/before/accuracy", "eval/before/known/search_ratio",
@@ -67,8 +72,7 @@ def test_sampler_and_trainer_agree_all_along(whole):
 
 
 def test_nothing_compiles_after_the_second_grpo_step(whole):
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    counts = [line["compile/count"] for line in lines if line["stage"] == "grpo"]
+    counts = [line["compile/count"] for line in lines(whole) if line["stage"] == "grpo"]
     assert len(set(counts[1:])) == 1, counts
 
 
