@@ -43,8 +43,11 @@ def get_config() -> Experiment:
         tools=ToolsConfig(image_results=2, text_results=1),
         # Half of each step's questions are known ones: the pulls on the shared habit of searching
         # cancel, and what differs between the kinds is what is left to learn (MMSearch-R1 balances
-        # its data as well).
-        data=DataConfig(grpo_shares=(1.0, 1.0)),
+        # its data as well). The other half asks about as many different flags as there are: that
+        # decides what the policy does with flags that it never saw.
+        data=DataConfig(
+            grpo_categories=("known", "unknown", "unfamiliar"), grpo_shares=(1.0, 0.65, 0.35)
+        ),
         protocol=dataclasses.replace(
             protocol.SHORT, max_result_items=2, text_item="{n}. {text}\n"
         ),
@@ -57,7 +60,7 @@ def get_config() -> Experiment:
             rows=16, length=160, patches=1536, pictures=64, picture_patches=PATCHES
         ),
         sft=SFTConfig(
-            steps=880,
+            steps=720,
             # A coin's toss between answering and searching (direct : ask, guess : doubt). Where no
             # memory is sharp, "Look." wins more often than it is taught: hence the eight heavier
             # guesses to four doubts. The rest is practice that does not touch the choice. Copying
@@ -66,7 +69,7 @@ def get_config() -> Experiment:
             batch=(
                 ("direct", 15, 2.0),
                 ("ask", 13, 2.0),
-                ("guess", 8, 1.25),
+                ("guess", 8, 1.5),
                 ("doubt", 4, 1.0),
                 ("recall", 4, 1.0),
                 ("search", 6, 1.0),

@@ -2,8 +2,10 @@
 
     mmsr train configs/flags_long.py
 
-The diff to flags.py: twice the warm-up, four times as many steps of GRPO with a later fall of the
-learning rate, and twice the samples in the evaluation.
+The diff to flags.py: a longer warm-up, four times as many steps of GRPO with a later fall of the
+learning rate, twice the samples in the evaluation, and ten more unknown entities: every country
+that qualifies has a part now. What a policy does with a flag that it never saw depends on how many
+different flags it has learned to search for.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ def get_config() -> Experiment:
     return replace(
         base,
         name="flags_long",
+        flags=replace(base.flags, unknown=40),
         sft=replace(base.sft, steps=1200),
         grpo=replace(
             base.grpo, steps=360, optimizer=replace(base.grpo.optimizer, decay_midpoint=280)

@@ -72,6 +72,12 @@ def test_only_four_kinds_teach_the_choice(made):
         assert (lesson.forced == "") == (lesson.kind in ("direct", "ask", "guess", "doubt"))
 
 
+def test_drills_show_names_of_the_whole_index_beside_the_first(world, made):
+    asked = {world.countries[code].name for code in world.entities}
+    beside = {lesson.results[0].items[1].title for lesson in made if lesson.kind == "drill"}
+    assert beside - asked and beside <= {world.countries[code].name for code in world.flags()}
+
+
 def test_drills_answer_what_their_result_says(made):
     for lesson in made:
         if lesson.kind == "drill":

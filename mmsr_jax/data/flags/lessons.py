@@ -124,19 +124,24 @@ def _drills(world: World, say: _Says, examples: list[Example], rng, count: int) 
     if not examples:
         return []
     codes = sorted(world.entities)
-    names = {code: world.countries[code].name for code in codes}
+    names = {code: country.name for code, country in world.countries.items()}
     thumbnails = {code: world.thumbnail(code) for code in sorted({e.entity for e in examples})}
     shown = sorted(thumbnails)
     # Known answers are said all the time: the others need more practice as strings.
     taught = {code for code, _ in world.pairs("known")}
     share = np.array([1.0 if code in taught else say.config.drill_others for code in codes])
     share /= share.sum()
+    # What stands beside the first result may be any country of the index, also one that is never
+    # asked about: its name, if it was never read, would throw the model off.
+    beside = sorted(world.flags())
     out = []
     for number in range(count):
         example = examples[int(rng.integers(len(examples)))]
         attribute = _attribute(world, example)
         phrase = ATTRIBUTES[attribute]
-        name, other = (codes[i] for i in rng.choice(len(codes), 2, replace=False, p=share))
+        name = other = codes[int(rng.choice(len(codes), p=share))]
+        while other == name:
+            other = beside[int(rng.integers(len(beside)))]
         truth = world.answers(name, attribute)[0]
         first = truth
         while first == truth:
