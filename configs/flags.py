@@ -43,11 +43,8 @@ def get_config() -> Experiment:
         tools=ToolsConfig(image_results=2, text_results=1),
         # Half of each step's questions are known ones: the pulls on the shared habit of searching
         # cancel, and what differs between the kinds is what is left to learn (MMSearch-R1 balances
-        # its data as well). The other half asks about as many different flags as there are: that
-        # decides what the policy does with flags that it never saw.
-        data=DataConfig(
-            grpo_categories=("known", "unknown", "unfamiliar"), grpo_shares=(1.0, 0.65, 0.35)
-        ),
+        # its data as well).
+        data=DataConfig(grpo_shares=(1.0, 1.0)),
         protocol=dataclasses.replace(
             protocol.SHORT, max_result_items=2, text_item="{n}. {text}\n"
         ),
@@ -69,7 +66,7 @@ def get_config() -> Experiment:
             batch=(
                 ("direct", 15, 2.0),
                 ("ask", 13, 2.0),
-                ("guess", 8, 1.5),
+                ("guess", 8, 1.25),
                 ("doubt", 4, 1.0),
                 ("recall", 4, 1.0),
                 ("search", 6, 1.0),
