@@ -22,9 +22,8 @@ from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.parallel.mesh import make_mesh
 from mmsr_jax.parallel.rules import ROLLOUT_RULES, TRAIN_RULES
 from mmsr_jax.tools.toolbox import Toolbox
-from mmsr_jax.train import state as state_lib
-from mmsr_jax.train.optimizer import optimizer
 from mmsr_jax.types import Example, Tokens
+from mmsr_jax.weights import hf, hf_config, hub
 from mmsr_jax.weights.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -44,14 +43,33 @@ class Job:
 
     @functools.cached_property
     def tokenizer(self) -> tokenizer_lib.Tokenizer:
-        """Loaded, or trained on the world's texts and kept in the run's folder."""
+        """Loaded, or trained on the world's texts and kept in the run's folder.
+
+        Raises:
+          ValueError: none to be had, or weights without the tokenizer that they were trained with.
+        """
         config, kept = self.experiment.tokenizer, self.workdir / "tokenizer"
-        if config.source != "train":
-            return tokenizer_lib.load(config.source)
+        if (folder := self.tokenizer_folder) is not None:
+            return tokenizer_lib.load(folder)
+        if self.experiment.weights:
+            raise ValueError(
+                f"weights {self.experiment.weights} know their own tokenizer only, but "
+                "tokenizer.source is 'train': set tokenizer.source to the same folder or hub id"
+            )
         if not (kept / "tokenizer.json").exists():
             trained = tokenizer_lib.train(self._texts(), config.vocab_size)
             trained.save(kept)
         return tokenizer_lib.load(kept)
+
+    @functools.cached_property
+    def tokenizer_folder(self) -> pathlib.Path | None:
+        """Where `tokenizer.source` lies, a hub id resolved; None when the run trains its own."""
+        source = self.experiment.tokenizer.source
+        if source == "train":
+            return None
+        if pathlib.Path(source).is_file():  # a tokenizer.json itself
+            return pathlib.Path(source)
+        return hub.resolve(source, patterns=hub.TOKENIZER)
 
     def _texts(self) -> list[str]:
         """What the tokenizer of the embedded world learns its merges from."""
@@ -69,8 +87,16 @@ class Job:
 
     @functools.cached_property
     def model(self) -> ModelConfig:
-        """The config's sizes with the tokenizer's ids."""
+        """The sizes of `weights`, or else the config's, with the tokenizer's ids.
+
+        What is computed in (dtype, param_dtype, remat) is the experiment's in either case.
+
+        Raises:
+          ValueError: a tokenizer that does not belong to the model.
+        """
         t, model = self.tokenizer, self.experiment.model
+        if self.weights is not None:
+            model = self._published(model)
         if t.vocab_size > model.text.vocab_size:
             raise ValueError(
                 f"the tokenizer has {t.vocab_size} ids, model.text.vocab_size is only "
@@ -79,10 +105,33 @@ class Job:
         return dataclasses.replace(
             model,
             image_token_id=t.image_pad,
+            video_token_id=t.special("<|video_pad|>"),
             vision_start_token_id=t.vision_start,
             vision_end_token_id=t.vision_end,
             eos_token_id=t.im_end,
             bos_token_id=t.pad_id,
+        )
+
+    @functools.cached_property
+    def weights(self) -> pathlib.Path | None:
+        """The checkpoint that training starts from, a hub id resolved; None for random weights."""
+        return hub.resolve(self.experiment.weights) if self.experiment.weights else None
+
+    def _published(self, asked: ModelConfig) -> ModelConfig:
+        found, t = hf_config.read(self.weights), self.tokenizer
+        for name, theirs, ours in (
+            ("<|image_pad|>", found.image_token_id, t.image_pad),
+            ("<|vision_start|>", found.vision_start_token_id, t.vision_start),
+            ("<|im_end|>", found.eos_token_id, t.im_end),
+        ):
+            if theirs != ours:
+                raise ValueError(
+                    f"{name} is {theirs} in weights {self.experiment.weights}, but {ours} in the "
+                    f"tokenizer of {self.experiment.tokenizer.source}: set tokenizer.source to "
+                    "the one that belongs to the weights"
+                )
+        return dataclasses.replace(
+            found, dtype=asked.dtype, param_dtype=asked.param_dtype, remat=asked.remat
         )
 
     @functools.cached_property
@@ -100,7 +149,9 @@ class Job:
         return qwen.abstract(self.model, self.mesh, ROLLOUT_RULES)
 
     def fresh_params(self):
-        """Random weights, laid out over the training mesh."""
+        """Where training starts: `weights`, or random ones; laid out over the training mesh."""
+        if self.weights is not None:
+            return hf.load(self.weights, mesh=self.mesh, config=self.model).params
         return qwen.init(self.model, jax.random.key(self.experiment.seed), self.mesh, TRAIN_RULES)
 
     def newest_params(self):
@@ -109,18 +160,20 @@ class Job:
         Raises:
           ValueError: there is none.
         """
-        e = self.experiment
-        for stage, config, steps in (
-            ("grpo", e.grpo.optimizer, e.grpo.steps * e.grpo.updates),
-            ("sft", e.sft.optimizer, e.sft.steps),
-        ):
-            folder = self.workdir / "checkpoints" / stage
+        folders = [self.workdir / "checkpoints" / stage for stage in ("grpo", "sft")]
+        if not any(folder.is_dir() for folder in folders):
+            raise ValueError(f"{self.workdir} holds no checkpoint; mmsr train makes them")
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding or here),
+            qwen.abstract(self.model, self.mesh, TRAIN_RULES)[1],
+        )
+        for folder in folders:
             if not folder.is_dir():
                 continue
-            with Checkpoints(folder, e.checkpoint) as checkpoints:
-                state = state_lib.create(self.fresh_params(), optimizer(config, steps), self.mesh)
-                if (restored := checkpoints.restore(state_lib.abstract(state))) is not None:
-                    return restored[0].params
+            with Checkpoints(folder, self.experiment.checkpoint) as checkpoints:
+                if (params := checkpoints.restore_params(target)) is not None:
+                    return params
         raise ValueError(f"{self.workdir} holds no checkpoint; mmsr train makes them")
 
     @functools.cached_property

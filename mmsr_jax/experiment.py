@@ -1,5 +1,6 @@
 """Every room's configuration in one frozen record: what a file in configs/ returns."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -61,6 +62,9 @@ class Experiment:
     name: str
     seed: int = 0
     stages: tuple[Stage, ...] = ("sft", "grpo", "eval")
+    # Folder or hub id of the checkpoint that training starts from; empty: random weights. The
+    # sizes are then those of its config.json; of `model` only dtype, param_dtype and remat count.
+    weights: str = ""
     model: ModelConfig = preset("tiny")
     tokenizer: TokenizerConfig = TokenizerConfig()
     images: ImageConfig = ImageConfig()
@@ -97,6 +101,18 @@ class Experiment:
             raise ValueError(f"config.json: {where}: {first['msg']}") from None
 
 
+def read(workdir: pathlib.Path) -> Experiment:
+    """The experiment of a run's folder.
+
+    Raises:
+      ValueError: no run there, or a `config.json` that is none of ours.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{workdir} holds no run (no config.json); mmsr train makes one")
+    return Experiment.from_json(path.read_text(encoding="utf-8"))
+
+
 def save(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Writes `config.json`; a folder that holds another experiment's is refused.
 
@@ -105,7 +121,10 @@ def save(experiment: Experiment, workdir: pathlib.Path) -> None:
     """
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
-        old, new = json.loads(path.read_text()), json.loads(experiment.to_json())
+        text = path.read_text()
+        with contextlib.suppress(ValueError):  # fields newer than the run have their defaults
+            text = Experiment.from_json(text).to_json()
+        old, new = json.loads(text), json.loads(experiment.to_json())
         differing = sorted(_differences(old, new))
         if differing:
             raise ValueError(

@@ -20,6 +20,7 @@ from mmsr_jax.cli.words import nearest
 COMMANDS = {
     "train": "run the stages of an experiment; the same command continues a stopped run",
     "eval": "accuracy and search ratio of a trained policy, as a table",
+    "export": "write a run's newest weights as a Hugging Face folder",
     "view": "write report.html: curves, tables, trajectories with pictures",
     "data": "prepare a dataset, or look at one",
     "search": "use the search tools from the shell",

@@ -77,6 +77,29 @@ class Checkpoints:
         )
         return restored["state"], restored["meta"]
 
+    def restore_params(self, abstract):
+        """The weights alone of the newest step, or None when there is no checkpoint.
+
+        Moments, twice as large, are left on the disk.
+
+        Args:
+          abstract: tree of jax.ShapeDtypeStruct of the parameters with the shardings wanted.
+        """
+        if self.latest is None:
+            return None
+        item = {"params": abstract}
+        restored = self._manager.restore(
+            self.latest,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    item,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                    partial_restore=True,
+                )
+            ),
+        )
+        return restored["state"]["params"]
+
     def close(self) -> None:
         """Waits for what is being written."""
         self._manager.wait_until_finished()

@@ -20,13 +20,27 @@ def read(folder: pathlib.Path | str) -> ModelConfig:
     """The model that `folder/config.json` describes, to be computed in the dtype it was saved in.
 
     Raises:
-        ValueError: another architecture, or a size that is not there. Nothing is guessed: the
-            class defaults of the original code differ from every published size.
+        ValueError: no config.json, another architecture, quantised weights, or a size that is not
+            there. Nothing is guessed: the class defaults of the original code differ from every
+            published size.
     """
     path = pathlib.Path(folder) / "config.json"
-    raw = json.loads(path.read_text())
-    if raw.get("model_type") != "qwen2_5_vl":
-        raise ValueError(f"{path} is of type {raw.get('model_type')!r}, not 'qwen2_5_vl'")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no config.json: it is no checkpoint") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind != "qwen2_5_vl":
+        names = ", ".join(raw.get("architectures") or ()) if isinstance(raw, dict) else ""
+        raise ValueError(
+            f"{path} is of model_type {kind!r}{f' ({names})' if names else ''}; only Qwen2.5-VL "
+            "('qwen2_5_vl') is known, such as Qwen/Qwen2.5-VL-3B-Instruct"
+        )
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method")
+        raise ValueError(f"{path} is quantised ({method}): take the unquantised checkpoint")
     text, vision = raw.get("text_config") or raw, raw.get("vision_config") or {}
 
     def need(record: dict[str, Any], *names: str):

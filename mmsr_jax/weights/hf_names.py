@@ -6,6 +6,7 @@ Newer programs may save what they hold in memory instead ("model.language_model.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -109,14 +110,33 @@ def published_shape(entry: Entry, shape: tuple[int, ...], config: ModelConfig) -
 
 
 def to_ours(entry: Entry, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """One published tensor as our parameter of `shape` (without the layer axis)."""
+    """One published tensor as our parameter of `shape` (without the layer axis): a view of it.
+
+    A part of the view is therefore a part of the published tensor, to be read or to be written.
+    """
     if entry.kernel:
         tensor = tensor.reshape(tensor.shape[0], -1).T
     return tensor.reshape(shape)
 
 
-def to_published(entry: Entry, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Our parameter (without the layer axis) as a published tensor of `shape`."""
-    if entry.kernel:
-        array = array.reshape(-1, shape[0]).T
-    return np.ascontiguousarray(array.reshape(shape))
+def get(tree: dict, path: Path):
+    """The leaf of a nested dict at `path`."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def put(tree: dict, path: Path, leaf) -> None:
+    """Hang a leaf into a nested dict at `path`."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = leaf
+
+
+def paths(tree: dict, path: Path = ()) -> Iterator[Path]:
+    """The paths of all leaves."""
+    for name, node in tree.items():
+        if isinstance(node, dict):
+            yield from paths(node, (*path, name))
+        else:
+            yield (*path, name)
