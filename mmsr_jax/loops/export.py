@@ -8,7 +8,7 @@ import tempfile
 
 from mmsr_jax import experiment as experiment_lib
 from mmsr_jax.build import Job
-from mmsr_jax.inputs.tokenizer import Tokenizer
+from mmsr_jax.inputs.tokenizer import CHAT_TEMPLATE, Tokenizer
 from mmsr_jax.parallel.mesh import MeshConfig
 from mmsr_jax.weights import hf, hub
 from mmsr_jax.weights.hf_write import check_target
@@ -52,9 +52,10 @@ def write_beside(job: Job, folder: pathlib.Path) -> None:
         if (given / name).is_file():
             shutil.copyfile(given / name, folder / name)
     template = folder / "chat_template.jinja"
-    known = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if not template.exists() and isinstance(known.get("chat_template"), str):
-        template.write_text(known["chat_template"], encoding="utf-8")  # where newer programs look
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    known = config.get("chat_template") or CHAT_TEMPLATE
+    if not template.exists() and isinstance(known, str):
+        template.write_text(known, encoding="utf-8")  # where newer programs look for it
     job.experiment.images.to_hf(folder)
     if job.weights is not None and (job.weights / GENERATION).is_file():
         shutil.copyfile(job.weights / GENERATION, folder / GENERATION)

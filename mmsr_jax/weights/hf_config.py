@@ -96,8 +96,19 @@ def read(folder: pathlib.Path | str) -> ModelConfig:
 
 
 def flat(config: ModelConfig, dtype: str, max_positions: int = 128000) -> dict[str, Any]:
-    """The published flat layout, which every version of transformers and vLLM reads."""
+    """The published flat layout, which every version of transformers and vLLM reads.
+
+    Raises:
+        ValueError: a size that the original code derives from others, and this one differs.
+    """
     text, vision = config.text, config.vision
+    for name, value, fixed in (
+        ("text.head_dim", text.head_dim, text.hidden / text.heads),
+        ("vision.rope_theta", vision.rope_theta, 1e4),
+        ("vision.norm_eps", vision.norm_eps, 1e-6),
+    ):
+        if value != fixed:
+            raise ValueError(f"{name} is {value:g}; published checkpoints can only have {fixed:g}")
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",

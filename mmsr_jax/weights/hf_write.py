@@ -46,12 +46,14 @@ def save(
 
     Raises:
         ValueError: parameters that do not match the config or lie on other processes too; a
-            folder that holds anything but an earlier export; another dtype.
+            folder that holds anything but an earlier export; another dtype; sizes that published
+            checkpoints cannot have.
     """
     folder = pathlib.Path(folder).expanduser().resolve()
     if dtype not in _CODES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(_CODES)}")
     check_target(folder)
+    described = hf_config.flat(config, dtype)
     shapes = qwen2_5_vl.abstract(config)[1]
     _check(params, shapes)
     partial = folder.with_name(folder.name + ".partial")
@@ -59,6 +61,7 @@ def save(
     partial.mkdir(parents=True)
     try:
         _write(params, config, shapes, partial, dtype, shard_bytes)
+        (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
         for name in CARRIED if source is not None else ():
             if (pathlib.Path(source) / name).is_file():
                 shutil.copyfile(pathlib.Path(source) / name, partial / name)
@@ -159,7 +162,6 @@ def _write(params, config, shapes, folder: pathlib.Path, dtype: str, shard_bytes
         total = item * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    (folder / CONFIG).write_text(json.dumps(hf_config.flat(config, dtype), indent=2) + "\n")
 
 
 def _published(entry: Entry, layer: int, array, shape: tuple[int, ...], dtype: str) -> np.ndarray:
