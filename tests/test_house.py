@@ -15,6 +15,7 @@ HOUSE = REPO / "mmsr_jax"
 FLOORS = {
     "cli": 9,
     "loops": 8,
+    "bench": 8,
     "build": 7,
     "experiment": 6,
     "evaluation": 5,

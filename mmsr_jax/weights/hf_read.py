@@ -81,9 +81,7 @@ def _array(entry: Entry, pieces: list[Stored], target: jax.ShapeDtypeStruct, rea
     """One parameter, its addressable shards read one after another."""
     if target.sharding is None:
         whole = (slice(None),) * len(target.shape)
-        # A copy that the device owns: an alias of numpy's memory could not be donated.
-        host = _shard(entry, pieces, target, whole, readers)
-        return jax.block_until_ready(jax.device_put(host, may_alias=False))
+        return _place(_shard(entry, pieces, target, whole, readers), [None])[0]
     places: dict[tuple, list[jax.Device]] = {}
     for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
         spans = tuple(part.indices(n)[:2] for part, n in zip(index, target.shape, strict=True))
@@ -91,10 +89,17 @@ def _array(entry: Entry, pieces: list[Stored], target: jax.ShapeDtypeStruct, rea
     arrays = []
     for spans, devices in places.items():
         index = tuple(slice(*span) for span in spans)
-        host = _shard(entry, pieces, target, index, readers)
-        arrays += [jax.device_put(host, device, may_alias=False) for device in devices]
-        jax.block_until_ready(arrays)
+        arrays += _place(_shard(entry, pieces, target, index, readers), devices)
     return jax.make_array_from_single_device_arrays(target.shape, target.sharding, arrays)
+
+
+def _place(host: np.ndarray, devices: list[jax.Device | None]) -> list[jax.Array]:
+    """`host` on each of the devices (None: the default one), numpy's memory given up."""
+    arrays = [jax.device_put(host, device, may_alias=False) for device in devices]
+    jax.block_until_ready(arrays)
+    del host
+    jax.device_put(np.zeros(()))  # jax lets go of what it has copied at its next call only
+    return arrays
 
 
 def _shard(entry: Entry, pieces: list[Stored], target, index: tuple, readers) -> np.ndarray:

@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,12 @@ def save(
     _remove(partial)  # of an export that was killed
     partial.mkdir(parents=True)
     try:
-        _write(params, config, shapes, partial, dtype, shard_bytes)
+        write_weights(
+            partial, config, dtype, shard_bytes,
+            lambda entry, layer, shape: _published(
+                entry, layer, get(params, entry.path), shape, dtype
+            ),
+        )  # fmt: skip
         (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
         for name in CARRIED if source is not None else ():
             if (pathlib.Path(source) / name).is_file():
@@ -142,7 +147,15 @@ def _check(params: dict, shapes: dict) -> None:
         raise ValueError("parameters that do not match the config: " + ", ".join(problems))
 
 
-def _write(params, config, shapes, folder: pathlib.Path, dtype: str, shard_bytes: int) -> None:
+def write_weights(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    dtype: str,
+    shard_bytes: int,
+    make: Callable[[Entry, int, tuple[int, ...]], np.ndarray],
+) -> None:
+    """The weight files and their index; `make` gives a layer of a parameter in published shape."""
+    shapes = qwen2_5_vl.abstract(config)[1]
     item = jnp.dtype(dtype).itemsize
     plan = _plan(config, shapes, item, shard_bytes)
     weight_map: dict[str, str] = {}
@@ -152,10 +165,7 @@ def _write(params, config, shapes, folder: pathlib.Path, dtype: str, shard_bytes
             name: published_shape(entry, get(shapes, entry.path).shape, config)
             for entry, _, name in pieces
         }
-        made = (
-            _published(entry, index, get(params, entry.path), sizes[name], dtype)
-            for entry, index, name in pieces
-        )
+        made = (make(entry, layer, sizes[name]) for entry, layer, name in pieces)
         hf_files.write(folder / file, sizes, _CODES[dtype], made, _WORDS)
         weight_map |= dict.fromkeys(sizes, file)
     if len(plan) > 1:

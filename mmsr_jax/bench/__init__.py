@@ -1,0 +1,1 @@
+"""Measurements: each says what it compares with, and the ratio."""
