@@ -20,7 +20,7 @@ def run(job: Job, log: RunLog):
     fixed = Fixed(job.graph, job.model, e.pack, transform)
     rate = schedule(config.optimizer, config.steps)
     with Checkpoints(job.workdir / "checkpoints" / "sft", e.checkpoint) as checkpoints:
-        # 1. Start: newest checkpoint, or random weights.
+        # 1. Start: newest checkpoint, or else `weights`, or random ones.
         state = state_lib.create(job.fresh_params(), transform, job.mesh)
         first = 0
         if (restored := checkpoints.restore(state_lib.abstract(state))) is not None:

@@ -55,6 +55,7 @@ def resolve(
     if not _ID.fullmatch(str(source)):
         raise ValueError(f"there is no folder {source}")
     import huggingface_hub  # only here: it takes as long to import as the rest
+    from huggingface_hub import constants
 
     fetch = {"repo_id": str(source), "revision": revision, "allow_patterns": list(patterns)}
     with contextlib.suppress(Exception):  # not there, or only in part
@@ -68,7 +69,7 @@ def resolve(
         at = f" --revision {revision}" if revision else ""
         raise ValueError(
             f"{source} is no folder here, is not (whole) in the Hugging Face cache "
-            f"{huggingface_hub.constants.HF_HUB_CACHE}, and cannot be downloaded "
+            f"{constants.HF_HUB_CACHE}, and cannot be downloaded "
             f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}). Give a "
             f"folder, or fetch it where there is a network: hf download {source}{at}"
         ) from error

@@ -7,6 +7,7 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from mmsr_jax.weights import hf, hub
 
@@ -16,7 +17,6 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> pathlib.Path:
     """An empty cache, and no network."""
-    constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "cache"
