@@ -73,6 +73,21 @@ def run(
     return {"preset": preset_name, "devices": devices, "tensor": tensor, "write": wrote} | figures
 
 
+def table(figures: dict) -> str:
+    """The figures of `run` for a reader."""
+    gb = {name: figures[name] / 1e9 for name in ("parameter_bytes", "held_bytes", "largest_file")}
+    grown = (figures["peak_rss"] - figures["baseline_rss"]) / 1e9
+    return (
+        f"{figures['parameters']:,} parameters, {gb['parameter_bytes']:.2f} GB in "
+        f"{figures['files']} files, onto {figures['devices']} CPU devices\n"
+        f"load  {figures['load']:7.1f} s   reading the files alone {figures['read']:.1f} s, "
+        f"ratio {figures['ratio']:.2f}\n"
+        f"peak  {figures['peak_rss'] / 1e9:7.2f} GB  of it the load {grown:.2f} GB; parameters held "
+        f"{gb['held_bytes']:.2f} GB, one file {gb['largest_file']:.2f} GB\n"
+        f"sum of all bits as in the files: {'yes' if figures['same_numbers'] else 'NO'}"
+    )
+
+
 def child(folder: str, tensor: str) -> None:
     """Loads the checkpoint and prints the figures as one line of JSON."""
     files = sorted(pathlib.Path(folder).glob("*.safetensors"))

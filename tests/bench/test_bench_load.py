@@ -29,6 +29,8 @@ def test_memory_stays_under_parameters_and_one_file(tmp_path):
     assert figures["peak_rss"] - figures["baseline_rss"] < figures["bound"] + 30e6
     assert figures["load"] > 0 and figures["read"] > 0
     assert not list(tmp_path.iterdir())
+    shown = load.table(figures)
+    assert f"{figures['parameters']:,} parameters" in shown and shown.endswith("in the files: yes")
 
 
 def test_mistakes():
