@@ -82,8 +82,8 @@ def table(figures: dict) -> str:
         f"{figures['files']} files, onto {figures['devices']} CPU devices\n"
         f"load  {figures['load']:7.1f} s   reading the files alone {figures['read']:.1f} s, "
         f"ratio {figures['ratio']:.2f}\n"
-        f"peak  {figures['peak_rss'] / 1e9:7.2f} GB  of it the load {grown:.2f} GB; parameters held "
-        f"{gb['held_bytes']:.2f} GB, one file {gb['largest_file']:.2f} GB\n"
+        f"peak  {figures['peak_rss'] / 1e9:7.2f} GB  of it the load {grown:.2f} GB; "
+        f"parameters held {gb['held_bytes']:.2f} GB, one file {gb['largest_file']:.2f} GB\n"
         f"sum of all bits as in the files: {'yes' if figures['same_numbers'] else 'NO'}"
     )
 
