@@ -125,7 +125,7 @@ def test_every_layout_holds_the_same_numbers(plain, exported):
 
 
 def test_all_that_does_not_fit_is_in_one_message(broken):
-    _, first, second, *_ = sorted(broken.glob("*.safetensors"))
+    first, second, *_ = [f for f in sorted(broken.glob("*.safetensors")) if len(load_file(f)) > 2]
     tensors, others = load_file(first), load_file(second)
     gone, other, *_ = tensors
     del tensors[gone]
