@@ -12,6 +12,7 @@ Letters: `L` layers, `R` adapter rank.
 """
 
 import dataclasses
+import functools
 import math
 import re
 import zlib
@@ -181,9 +182,12 @@ def init(shapes: dict, key: jax.Array) -> dict:
         return jax.random.uniform(own, leaf.shape, jnp.float32, -bound, bound).astype(leaf.dtype)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    # Run once: on CPU optimising the random numbers takes far longer than drawing them.
+    on_cpu = jax.default_backend() == "cpu"
     make = jax.jit(
         lambda: jax.tree_util.tree_map_with_path(draw, shapes),
         out_shardings=shardings if jax.tree.leaves(shardings) else None,
+        compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
     )
     return make()
 
@@ -229,13 +233,18 @@ def merge(params: dict, lora: LoRAConfig) -> dict:
             elif name not in (A, B):
                 out[name] = child
         if A in node:
-            out["kernel"] = _merged(node["kernel"], node[A], node[B], lora.scale, stacked)
+            kernel = node["kernel"]
+            merger = _merger(lora.scale, stacked, kernel.sharding)
+            out["kernel"] = merger(kernel, node[A], node[B])
         return out
 
     return walk(params, False)
 
 
-def _merged(kernel, a, b, scale: float, stacked: bool):
+@functools.lru_cache(maxsize=64)
+def _merger(scale: float, stacked: bool, sharding):
+    """jit of (kernel, A, B) -> merged kernel, laid out by `sharding`."""
+
     def one(each):
         kernel, a, b = (x.astype(jnp.float32) for x in each)
         rank = a.shape[-1]
@@ -246,7 +255,7 @@ def _merged(kernel, a, b, scale: float, stacked: bool):
     def whole(*each):
         return jax.lax.map(one, each) if stacked else one(each)
 
-    return jax.jit(whole, out_shardings=kernel.sharding)(kernel, a, b)
+    return jax.jit(whole, out_shardings=sharding)
 
 
 def _lead(path) -> int:
