@@ -18,7 +18,7 @@ from mmsr_jax.model import lora
 from mmsr_jax.train import state as state_lib
 from mmsr_jax.weights.checkpoint import Checkpoints
 
-LORA = lora.LoRAConfig(rank=2, targets=("q_proj", "down_proj", "qkv"), vision=True)
+LORA = lora.LoRAConfig(rank=2, targets=("q_proj", "down_proj"))
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,10 @@ def test_the_record_and_its_flags(adapted, small):
     assert Experiment.from_json(adapted.to_json()) == adapted
     assert Experiment.from_json(small.to_json()).lora is None
     assert config_lib.override(small, ["--lora.rank", "8"], "p").lora == lora.LoRAConfig(rank=8)
-    changed = config_lib.override(adapted, ["--lora.rank", "8", "--lora.targets", "qkv"], "p").lora
-    assert changed == dataclasses.replace(LORA, rank=8, targets=("qkv",))
+    changed = config_lib.override(
+        adapted, ["--lora.rank", "8", "--lora.targets", "up_proj"], "p"
+    ).lora
+    assert changed == dataclasses.replace(LORA, rank=8, targets=("up_proj",))
 
 
 def test_checkpoints_hold_the_adapter_alone(whole, adapted):

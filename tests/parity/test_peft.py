@@ -112,16 +112,18 @@ def drawn(config, wanted, seed=0):
     return jax.tree.map(lambda s: rng.normal(size=s.shape, scale=0.15).astype("f"), shapes)
 
 
+# Run a few times: optimising takes longer than running.
+forward = jax.jit(
+    qwen2_5_vl.forward,
+    static_argnums=0,
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+
+
 def our_logits(loaded, inputs, wanted=None, adapter=None, params=None):
     graph, _ = qwen2_5_vl.abstract(loaded.config, lora=wanted)
     params = loaded.params if params is None else params
     params = params if adapter is None else lora.join(params, adapter)
-    # Run once or twice: optimising takes longer than running.
-    forward = jax.jit(
-        qwen2_5_vl.forward,
-        static_argnums=0,
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
     return np.asarray(forward(graph, params, inputs).logits)
 
 
