@@ -124,7 +124,7 @@ def test_the_reference_is_the_base_without_adapters(tiny, fixed, adapter, fresh,
             step.with_old(fixed.graph, now, batch, ONE), CONFIG.loss, ONE, fixed.base, tiny.graph,
         )[1]  # fmt: skip
 
-    assert measured(fresh.params)["kl"] == 0  # B is zero: policy and reference agree
+    assert abs(measured(fresh.params)["kl"]) < 1e-9  # B is zero: policy and reference agree
     found = measured(adapter)
     merged = lora.merge(lora.join(fixed.base, adapter), LORA)
     batch = step.with_old(tiny.graph, merged, batch, ONE)
