@@ -39,7 +39,6 @@ class Job:
         self.experiment = experiment
         self.workdir = pathlib.Path(workdir)
         self.skipped = 0  # bad examples met so far
-        self._rollout_base = None  # LoRA's frozen weights as the engine has them
 
     @functools.cached_property
     def world(self) -> World:
@@ -179,13 +178,16 @@ class Job:
             self._rollout[0], self.model, self.experiment.engine, self.tokenizer.eos_ids, self.mesh
         )
 
+    @functools.cached_property
+    def _rollout_base(self):
+        """LoRA's frozen weights as the engine has them, laid out once."""
+        if self.base is None:
+            return None
+        return self._laid_out(self.base, lora_lib.split(self._rollout[1])[0])
+
     def sync(self, params) -> None:
-        """Gives the engine what was trained, laid out for rollouts; LoRA's base goes there once."""
-        base_shapes, shapes = lora_lib.split(self._rollout[1])
-        if self.experiment.lora is None:
-            shapes = base_shapes
-        elif self._rollout_base is None:
-            self._rollout_base = self._laid_out(self.base, base_shapes)
+        """Gives the engine what was trained, laid out for rollouts, on the base it knows."""
+        shapes = self._rollout[1] if self.base is None else lora_lib.split(self._rollout[1])[1]
         params = self._laid_out(params, shapes)
         self.engine.set_params(state_lib.whole(params, self._rollout_base))
 
