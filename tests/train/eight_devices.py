@@ -16,7 +16,9 @@ from mmsr_jax.train import state as state_lib
 from mmsr_jax.train.assemble import assemble
 
 CONFIG = grpo.LossConfig(kl_weight=0.1)
-LORA = lora.LoRAConfig(rank=3, targets=("q_proj", "k_proj", "down_proj", "qkv"), vision=True)
+LORA = lora.LoRAConfig(
+    rank=3, alpha=3.0, targets=("q_proj", "k_proj", "down_proj", "qkv"), vision=True
+)
 TEMPERATURE = np.float32(1)
 
 
@@ -77,7 +79,7 @@ def test_an_adapter_on_frozen_weights(tiny, pieces, laid, mesh):
     graph, shapes = qwen.abstract(tiny.model, mesh, lora=LORA)
     shapes = lora.split(shapes)[1]
     adapter = lora.init(shapes, jax.random.key(3))
-    adapter = jax.tree.map(lambda x: x + 0.1, adapter)
+    adapter = jax.tree.map(lambda x: x + 0.02, adapter)
     (batch,) = assemble(pieces, tiny.model, tiny.pack, aggregate="token")
     grads, measured = step.accumulate_grpo(
         graph, adapter, base, step.zeros_like(adapter), batch, CONFIG, TEMPERATURE, base, plain
