@@ -17,11 +17,14 @@ from mmsr_jax.data.flags.world import World
 from mmsr_jax.engine.engine import Engine
 from mmsr_jax.experiment import Experiment
 from mmsr_jax.inputs import tokenizer as tokenizer_lib
+from mmsr_jax.model import lora as lora_lib
 from mmsr_jax.model import qwen2_5_vl as qwen
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.parallel.mesh import make_mesh
 from mmsr_jax.parallel.rules import ROLLOUT_RULES, TRAIN_RULES
 from mmsr_jax.tools.toolbox import Toolbox
+from mmsr_jax.train import state as state_lib
+from mmsr_jax.train.update import Fixed
 from mmsr_jax.types import Example, Tokens
 from mmsr_jax.weights import hf, hf_config, hub
 from mmsr_jax.weights.checkpoint import Checkpoints
@@ -141,12 +144,17 @@ class Job:
         return None if mesh.size == 1 else mesh
 
     @functools.cached_property
+    def _training(self):
+        """Graph and shapes of all weights, with LoRA the adapter's among them."""
+        return qwen.abstract(self.model, self.mesh, TRAIN_RULES, self.experiment.lora)
+
+    @property
     def graph(self):
-        return qwen.abstract(self.model, self.mesh, TRAIN_RULES)[0]
+        return self._training[0]
 
     @functools.cached_property
     def _rollout(self):
-        return qwen.abstract(self.model, self.mesh, ROLLOUT_RULES)
+        return qwen.abstract(self.model, self.mesh, ROLLOUT_RULES, self.experiment.lora)
 
     def fresh_params(self):
         """Where training starts: `weights`, or random ones; laid out over the training mesh."""
@@ -154,8 +162,50 @@ class Job:
             return hf.load(self.weights, mesh=self.mesh, config=self.model).params
         return qwen.init(self.model, jax.random.key(self.experiment.seed), self.mesh, TRAIN_RULES)
 
+    @functools.cached_property
+    def base(self):
+        """The frozen weights that LoRA's adapter stands on; None when all weights are trained."""
+        return None if self.experiment.lora is None else self.fresh_params()
+
+    def start(self):
+        """What training starts from: all weights, or with LoRA a fresh adapter.
+
+        This, and nothing else, is what the stages hand on, update and checkpoint.
+        """
+        if self.experiment.lora is None:
+            return self.fresh_params()
+        key = jax.random.fold_in(jax.random.key(self.experiment.seed), 1)  # not the base's own
+        return lora_lib.init(lora_lib.split(self._training[1])[1], key)
+
+    def whole(self, params):
+        """All weights, given what is trained. Nothing is copied."""
+        return state_lib.whole(params, self.base)
+
+    def merged(self, params):
+        """All weights as a model without adapters: what a full export holds."""
+        lora = self.experiment.lora
+        return params if lora is None else lora_lib.merge(self.whole(params), lora)
+
+    def fixed(self, transform) -> Fixed:
+        """What the updates of a stage share."""
+        plain = None
+        if self._reference_is_base:
+            plain = qwen.abstract(self.model, self.mesh, TRAIN_RULES)[0]
+        return Fixed(self.graph, self.model, self.experiment.pack, transform, self.base, plain)
+
+    def reference(self, params):
+        """The policy at `params`, to be kept as the KL reference while `params` are trained."""
+        if self._reference_is_base:
+            return self.base
+        return self.whole(jax.tree.map(lambda p: p.copy(), params))
+
+    @property
+    def _reference_is_base(self) -> bool:
+        """GRPO starts from a fresh adapter: its reference is the base with adapters off."""
+        return self.experiment.lora is not None and "sft" not in self.experiment.stages
+
     def newest_params(self):
-        """Weights of the newest checkpoint in the run's folder: GRPO's, or else the warm-up's.
+        """What was trained, of the newest checkpoint in the folder: GRPO's, or the warm-up's.
 
         Raises:
           ValueError: there is none.
@@ -164,9 +214,10 @@ class Job:
         if not any(folder.is_dir() for folder in folders):
             raise ValueError(f"{self.workdir} holds no checkpoint; mmsr train makes them")
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = self._training[1]
         target = jax.tree.map(
             lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding or here),
-            qwen.abstract(self.model, self.mesh, TRAIN_RULES)[1],
+            shapes if self.experiment.lora is None else lora_lib.split(shapes)[1],
         )
         for folder in folders:
             if not folder.is_dir():
@@ -182,13 +233,24 @@ class Job:
             self._rollout[0], self.model, self.experiment.engine, self.tokenizer.eos_ids, self.mesh
         )
 
+    @functools.cached_property
+    def _rollout_base(self):
+        """LoRA's frozen weights as the engine has them, laid out once."""
+        if self.base is None:
+            return None
+        return self._laid_out(self.base, lora_lib.split(self._rollout[1])[0])
+
     def sync(self, params) -> None:
-        """Gives the engine the newest weights, laid out for rollouts."""
-        if self.mesh is not None:
-            params = jax.tree.map(
-                lambda p, s: jax.device_put(p, s.sharding), params, self._rollout[1]
-            )
-        self.engine.set_params(params)
+        """Gives the engine what was trained, laid out for rollouts, on the base it knows."""
+        shapes = self._rollout[1] if self.base is None else lora_lib.split(self._rollout[1])[1]
+        params = self._laid_out(params, shapes)
+        self.engine.set_params(state_lib.whole(params, self._rollout_base))
+
+    def _laid_out(self, params, shapes):
+        """`params` itself on a single device."""
+        if self.mesh is None:
+            return params
+        return jax.tree.map(lambda p, s: jax.device_put(p, s.sharding), params, shapes)
 
     @functools.cached_property
     def toolbox(self) -> Toolbox:

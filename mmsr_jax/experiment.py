@@ -14,6 +14,7 @@ from mmsr_jax.engine.engine import EngineConfig
 from mmsr_jax.evaluation.policies import EvaluationConfig
 from mmsr_jax.inputs.images import ImageConfig
 from mmsr_jax.model.config import ModelConfig, preset
+from mmsr_jax.model.lora import LoRAConfig
 from mmsr_jax.parallel.mesh import MeshConfig
 from mmsr_jax.protocol import Protocol
 from mmsr_jax.rewards.score import RewardConfig
@@ -66,6 +67,7 @@ class Experiment:
     # sizes are then those of its config.json; of `model` only dtype, param_dtype and remat count.
     weights: str = ""
     model: ModelConfig = preset("tiny")
+    lora: LoRAConfig | None = None  # None: all weights are trained
     tokenizer: TokenizerConfig = TokenizerConfig()
     images: ImageConfig = ImageConfig()
     flags: FlagsConfig = FlagsConfig()

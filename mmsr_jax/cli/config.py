@@ -11,6 +11,7 @@ import pathlib
 import re
 import sys
 import traceback
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,20 +81,23 @@ def load(path: str | os.PathLike) -> Any:
 def override(config: Any, words: Sequence[str], prog: str) -> Any:
     """The config with the fields that flags name replaced: `--grpo.steps 10`.
 
-    Every field of every nested record is a flag; `--help` prints them all and exits. Raises
-    UsageError for an unknown flag or a value of the wrong type.
+    Every field of every nested record is a flag; `--help` prints them all and exits. A record that
+    is None is made when a flag names one of its fields (`--lora.rank 16`), and one that may be
+    None is dropped by `--lora None`. Raises UsageError for an unknown flag or a value of the wrong
+    type.
     """
     import tyro  # only here: it takes a tenth of a second
 
     options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     shown = io.StringIO()
+    config, words = _optional(config, list(words))
     try:
         with contextlib.redirect_stderr(shown):
             changed, unknown = tyro.cli(
                 type(config),
                 prog=prog,
                 default=config,
-                args=list(words),
+                args=words,
                 config=options,
                 return_unknown_args=True,
             )
@@ -107,6 +111,33 @@ def override(config: Any, words: Sequence[str], prog: str) -> Any:
         hint = nearest(word, flags(config)) if kind == "flag" else ""
         raise UsageError(f"unknown {kind} {word}{hint} ({prog} --help lists all)")
     return changed
+
+
+def _optional(config: Any, words: list[str], prefix: str = "--") -> tuple[Any, list[str]]:
+    """The config with records that may be None made or dropped as the flags say; the other flags.
+
+    tyro by itself takes the fields of a record only where the config has one.
+    """
+    hints, changes = typing.get_type_hints(type(config)), {}
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        kinds = typing.get_args(hints[field.name])
+        records = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        spelt = [word.replace("_", "-") for word in words]
+        if records and type(None) in kinds:
+            if f"{flag}=None" in spelt:
+                at = spelt.index(f"{flag}=None")
+                value, words = None, words[:at] + words[at + 1 :]
+            elif flag in spelt and spelt[spelt.index(flag) + 1 :][:1] == ["None"]:
+                at = spelt.index(flag)
+                value, words = None, words[:at] + words[at + 2 :]
+            elif value is None and any(w.startswith(flag + ".") or w == "--help" for w in spelt):
+                value = records[0]()
+        if dataclasses.is_dataclass(value):
+            value, words = _optional(value, words, flag + ".")
+        if value is not getattr(config, field.name):
+            changes[field.name] = value
+    return dataclasses.replace(config, **changes) if changes else config, words
 
 
 def flags(config: Any, prefix: str = "--") -> Iterator[str]:

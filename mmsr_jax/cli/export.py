@@ -10,7 +10,7 @@ def run(words: list[str]) -> None:
     given = parser().parse(words)
     from mmsr_jax.loops import export  # jax takes a while
 
-    export.command(given.workdir, given.out, given.dtype)
+    export.command(given.workdir, given.out, given.dtype, given.adapter)
     print(given.out)
 
 
@@ -29,5 +29,10 @@ def parser() -> Parser:
         default="bfloat16",
         choices=("bfloat16", "float32"),
         help="of the weights on the disk (default: bfloat16)",
+    )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a run with LoRA: the adapter alone, for PEFT (without it LoRA is merged in)",
     )
     return parser

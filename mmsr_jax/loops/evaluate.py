@@ -17,6 +17,9 @@ from mmsr_jax.rewards.score import score
 def run(job: Job, log: RunLog, name: str, params) -> dict[str, float]:
     """Evaluates `params` on the test split and keeps the numbers in `eval.json` under `name`.
 
+    Args:
+      params: what was trained (with LoRA the adapter).
+
     Returns:
       Flat numbers: greedy ones without prefix, `sampled/...` at the training temperature.
     """

@@ -10,32 +10,40 @@ from mmsr_jax import experiment as experiment_lib
 from mmsr_jax.build import Job
 from mmsr_jax.inputs.tokenizer import CHAT_TEMPLATE, Tokenizer
 from mmsr_jax.parallel.mesh import MeshConfig
-from mmsr_jax.weights import hf, hub
+from mmsr_jax.weights import hf, hub, peft
 from mmsr_jax.weights.hf_write import check_target
 
 GENERATION = "generation_config.json"
 
 
-def command(workdir: pathlib.Path, out: pathlib.Path, dtype: str) -> None:
-    """Writes the folder `out`: weights, and all that goes with them.
+def command(workdir: pathlib.Path, out: pathlib.Path, dtype: str, adapter: bool = False) -> None:
+    """Writes the folder `out`: weights, and all that goes with them. LoRA is merged in.
 
     Args:
       workdir: a run's folder; its newest checkpoint is taken, GRPO's or else the warm-up's.
       out: new, empty, or an earlier export.
       dtype: "bfloat16" or "float32", of the weights on the disk.
+      adapter: instead, the adapter alone, as a folder that PEFT loads on top of the base.
 
     Raises:
-      ValueError: no run, no checkpoint, or another folder in the way.
+      ValueError: no run, no checkpoint, an adapter of a run without LoRA, or another folder in
+        the way.
     """
     experiment = experiment_lib.read(workdir)
+    if adapter and experiment.lora is None:
+        raise ValueError(f"{workdir} trained all weights, not an adapter: leave --adapter out")
     check_target(out)  # before the weights are read
     # The run's mesh may be of another machine: any layout over what is here will do.
     job = Job(dataclasses.replace(experiment, mesh=MeshConfig()), workdir)
     try:
         params = job.newest_params()
+        if adapter:
+            beneath = experiment.weights
+            peft.save(params, job.model, experiment.lora, out, base_name=beneath, dtype=dtype)
+            return
         with tempfile.TemporaryDirectory() as beside:
             write_beside(job, pathlib.Path(beside))
-            hf.save(params, job.model, out, source=beside, dtype=dtype)
+            hf.save(job.merged(params), job.model, out, source=beside, dtype=dtype)
     finally:
         job.close()
 

@@ -2,8 +2,6 @@
 
 import time
 
-import jax
-
 from mmsr_jax.agent.rollout import Ask, rollout
 from mmsr_jax.build import Job
 from mmsr_jax.evaluation.metrics import Scored, training
@@ -13,12 +11,12 @@ from mmsr_jax.report.record import trajectory_record
 from mmsr_jax.rewards.score import score
 from mmsr_jax.train import state as state_lib
 from mmsr_jax.train.optimizer import optimizer, schedule
-from mmsr_jax.train.update import Fixed, grpo_update
+from mmsr_jax.train.update import grpo_update
 from mmsr_jax.weights.checkpoint import Checkpoints
 
 
 def run(job: Job, log: RunLog, params):
-    """Trains `params` for `grpo.steps`, from the newest checkpoint on; returns the weights.
+    """Trains `params` for `grpo.steps`, from the newest checkpoint on; returns what they became.
 
     Args:
       params: where GRPO starts, and the frozen reference of its KL term. Taken over.
@@ -27,8 +25,8 @@ def run(job: Job, log: RunLog, params):
     config = e.grpo
     transform = optimizer(config.optimizer, config.steps * config.updates)
     rate = schedule(config.optimizer, config.steps * config.updates)
-    fixed = Fixed(job.graph, job.model, e.pack, transform)
-    reference = jax.tree.map(lambda p: p.copy(), params) if config.loss.kl_weight > 0 else None
+    fixed = job.fixed(transform)
+    reference = job.reference(params) if config.loss.kl_weight > 0 else None
     with Checkpoints(job.workdir / "checkpoints" / "grpo", e.checkpoint) as checkpoints:
         state = state_lib.create(params, transform, job.mesh)
         stream = job.stream("train", e.data.grpo_categories, e.data.grpo_shares)

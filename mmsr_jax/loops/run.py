@@ -28,7 +28,7 @@ def run(experiment: Experiment, workdir: pathlib.Path, log: RunLog) -> dict[str,
     job = Job(experiment, workdir)
     summary = {}
     try:
-        params = sft.run(job, log) if "sft" in experiment.stages else job.fresh_params()
+        params = sft.run(job, log) if "sft" in experiment.stages else job.start()
         if "eval" in experiment.stages:
             summary |= _flat("before", evaluate.run(job, log, "before", params))
         if "grpo" in experiment.stages:
@@ -42,7 +42,8 @@ def run(experiment: Experiment, workdir: pathlib.Path, log: RunLog) -> dict[str,
         "compile/count": compiles.count(),
         "compile/seconds": compiles.seconds(),
         "data/skipped": job.skipped,
-        "model/parameters": sum(p.size for p in jax.tree.leaves(params)),
+        "model/parameters": sum(p.size for p in jax.tree.leaves(job.whole(params))),
+        "model/trained_parameters": sum(p.size for p in jax.tree.leaves(params)),
     }
     if log.primary:
         _finish(workdir, summary, log)

@@ -8,20 +8,20 @@ from mmsr_jax.parallel import compiles
 from mmsr_jax.train import state as state_lib
 from mmsr_jax.train.assemble import Piece
 from mmsr_jax.train.optimizer import optimizer, schedule
-from mmsr_jax.train.update import Fixed, sft_update
+from mmsr_jax.train.update import sft_update
 from mmsr_jax.weights.checkpoint import Checkpoints
 
 
 def run(job: Job, log: RunLog):
-    """Trains for `sft.steps`, from the newest checkpoint on; returns the weights."""
+    """Trains for `sft.steps`, from the newest checkpoint on; returns what was trained."""
     e = job.experiment
     config = e.sft
     transform = optimizer(config.optimizer, config.steps)
-    fixed = Fixed(job.graph, job.model, e.pack, transform)
+    fixed = job.fixed(transform)
     rate = schedule(config.optimizer, config.steps)
     with Checkpoints(job.workdir / "checkpoints" / "sft", e.checkpoint) as checkpoints:
         # 1. Start: newest checkpoint, or else `weights`, or random ones.
-        state = state_lib.create(job.fresh_params(), transform, job.mesh)
+        state = state_lib.create(job.start(), transform, job.mesh)
         first = 0
         if (restored := checkpoints.restore(state_lib.abstract(state))) is not None:
             state, meta = restored

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from mmsr_jax.model import lora as lora_lib
 from mmsr_jax.model.cache import Cache
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.model.text import TextModel
@@ -58,25 +59,40 @@ class Output:
 
 
 class Qwen25VL(nnx.Module):
-    """Both towers."""
+    """Both towers, with adapters when `lora` is given."""
 
-    def __init__(self, config: ModelConfig, place: Placement, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        place: Placement,
+        lora: lora_lib.LoRAConfig | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.text = TextModel(config, place, rngs=rngs)
         self.vision = VisionModel(config, place, rngs=rngs)
+        if lora is not None:
+            lora_lib.attach(self, config, lora)
 
 
-def abstract(config: ModelConfig, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES):
+def abstract(
+    config: ModelConfig,
+    mesh: Mesh | None = None,
+    rules: Rules = TRAIN_RULES,
+    lora: lora_lib.LoRAConfig | None = None,
+):
     """The graph (hashable: a static argument of jit) and the shapes of the parameters.
 
     Nothing is allocated. The graph remembers `mesh` and `rules`, so that the forward pass lays
-    its activations out by them; a graph made for another mesh takes the same parameters.
+    its activations out by them; a graph made for another mesh takes the same parameters. With
+    `lora` graph and shapes have the adapters too (see lora.py).
 
     Returns:
         graph, and a nested dict of ShapeDtypeStruct with shardings (when there is a mesh).
     """
     place = Placement(mesh, rules)
     graph, state = nnx.split(
-        nnx.eval_shape(lambda: Qwen25VL(config, place, rngs=nnx.Rngs(params=0)))
+        nnx.eval_shape(lambda: Qwen25VL(config, place, lora, rngs=nnx.Rngs(params=0)))
     )
     shapes: dict = {}
     for path, variable in nnx.to_flat_state(state):

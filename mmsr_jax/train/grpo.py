@@ -74,7 +74,15 @@ def k3(logprobs, reference):
     return jnp.clip(jnp.exp(d) - d - 1.0, -10.0, 10.0)
 
 
-def loss(params, reference, graph, batch: TrainBatch, config: LossConfig, temperature):
+def loss(
+    params,
+    reference,
+    graph,
+    batch: TrainBatch,
+    config: LossConfig,
+    temperature,
+    reference_graph=None,
+):
     """Sum over tokens of weight * (policy loss + kl_weight * KL), and measurements.
 
     The weights of a whole step sum to 1 (see assemble), so sums over micro-batches add up to
@@ -82,6 +90,8 @@ def loss(params, reference, graph, batch: TrainBatch, config: LossConfig, temper
 
     Args:
       reference: frozen params of the reference policy, or None when kl_weight is 0.
+      reference_graph: what runs them, None for `graph`; with LoRA the graph without adapters runs
+        the weights that the policy itself stands on.
 
     Returns:
       scalar float32, dict of scalar sums; `*_max` entries are maxima.
@@ -98,7 +108,8 @@ def loss(params, reference, graph, batch: TrainBatch, config: LossConfig, temper
     per_token = policy
     kl = jnp.zeros_like(policy)
     if config.kl_weight > 0:
-        ref, _ = token_logprobs(graph, reference, batch.inputs, batch.targets, temperature)
+        frozen = graph if reference_graph is None else reference_graph
+        ref, _ = token_logprobs(frozen, reference, batch.inputs, batch.targets, temperature)
         kl = k3(logprobs, jax.lax.stop_gradient(ref))
         per_token = policy + config.kl_weight * kl
     weights = batch.weights

@@ -1,4 +1,8 @@
-"""What training changes: weights, optimiser state, step."""
+"""What training changes: weights, optimiser state, step.
+
+With LoRA the adapter alone is trained: `params` is the adapter's tree, and the frozen weights
+beneath it (`base`) travel beside the state, never in it.
+"""
 
 import dataclasses
 
@@ -7,13 +11,20 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mmsr_jax.model import lora
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    params: dict  # nested dict of arrays, the tree of model.abstract
+    params: dict  # what is trained: the tree of model.abstract, or only its adapter
     opt_state: optax.OptState
     step: jax.Array  # scalar int32, updates done
+
+
+def whole(params: dict, base: dict | None) -> dict:
+    """What the model runs on: the trained `params`, joined with the frozen `base` if any."""
+    return params if base is None else lora.join(base, params)
 
 
 def create(params, transform: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:

@@ -1,6 +1,8 @@
 """The jitted update: gradients of micro-batches are added up, then applied once.
 
 Two programs a stage, whatever the number of micro-batches: `accumulate` and `apply`.
+With LoRA `params` is the adapter and `base` the frozen weights beneath: gradients, optimiser state
+and what is donated are the adapter's alone.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ import optax
 from mmsr_jax.train import grpo, sft
 from mmsr_jax.train.batch import TrainBatch
 from mmsr_jax.train.logprobs import token_logprobs
-from mmsr_jax.train.state import TrainState
+from mmsr_jax.train.state import TrainState, whole
 
 
 def zeros_like(params):
@@ -22,20 +24,36 @@ def zeros_like(params):
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
-def accumulate_sft(graph, params, grads, batch: TrainBatch):
+def accumulate_sft(graph, params, grads, batch: TrainBatch, base=None):
     """grads + gradient of the SFT loss on one micro-batch, and its measurements."""
-    (_, measured), new = jax.value_and_grad(sft.loss, has_aux=True)(params, graph, batch)
+
+    def loss(params):
+        return sft.loss(whole(params, base), graph, batch)
+
+    (_, measured), new = jax.value_and_grad(loss, has_aux=True)(params)
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new), measured
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=(3,))
+@functools.partial(jax.jit, static_argnums=(0, 5, 8), donate_argnums=(3,))
 def accumulate_grpo(
-    graph, params, reference, grads, batch: TrainBatch, config: grpo.LossConfig, temperature
+    graph,
+    params,
+    reference,
+    grads,
+    batch: TrainBatch,
+    config: grpo.LossConfig,
+    temperature,
+    base=None,
+    reference_graph=None,
 ):
     """grads + gradient of the GRPO loss on one micro-batch, and its measurements."""
-    (_, measured), new = jax.value_and_grad(grpo.loss, has_aux=True)(
-        params, reference, graph, batch, config, temperature
-    )
+
+    def loss(params):
+        return grpo.loss(
+            whole(params, base), reference, graph, batch, config, temperature, reference_graph
+        )
+
+    (_, measured), new = jax.value_and_grad(loss, has_aux=True)(params)
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new), measured
 
 
@@ -82,5 +100,8 @@ def add(total: dict | None, measured: dict) -> dict:
 
 
 def with_old(graph, params, batch: TrainBatch, temperature) -> TrainBatch:
-    """The batch with the log-probs that `params` give it now: the old policy of later updates."""
+    """The batch with the log-probs that `params` give it now: the old policy of later updates.
+
+    `params` are all weights, the frozen ones included.
+    """
     return dataclasses.replace(batch, old_logprobs=logprobs(graph, params, batch, temperature))

@@ -12,7 +12,7 @@ import numpy as np
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.train import grpo, step
 from mmsr_jax.train.assemble import PackConfig, Piece, assemble
-from mmsr_jax.train.state import TrainState
+from mmsr_jax.train.state import TrainState, whole
 from mmsr_jax.types import Tokens
 
 
@@ -24,6 +24,8 @@ class Fixed:
     model: ModelConfig
     pack: PackConfig
     transform: object  # optax.GradientTransformation
+    base: dict | None = None  # with LoRA: the frozen weights under the adapter in the state
+    reference_graph: object | None = None  # of the KL reference, None: `graph`
 
 
 def sft_update(fixed: Fixed, state: TrainState, pieces: Sequence[Piece]):
@@ -34,7 +36,7 @@ def sft_update(fixed: Fixed, state: TrainState, pieces: Sequence[Piece]):
     batches = assemble(pieces, fixed.model, fixed.pack, aggregate="token")
     grads, measured = step.zeros_like(state.params), None
     for batch in batches:
-        grads, new = step.accumulate_sft(fixed.graph, state.params, grads, batch)
+        grads, new = step.accumulate_sft(fixed.graph, state.params, grads, batch, fixed.base)
         measured = step.add(measured, new)
     state, update = step.apply(fixed.transform, state, grads)
     values = {name: float(v) for name, v in jax.device_get(measured | update).items()}
@@ -66,8 +68,9 @@ def grpo_update(
         aggregate = config.loss.aggregate
         parts.append(assemble(pieces, fixed.model, fixed.pack, aggregate=aggregate))
     if config.updates > 1:  # the policy moves between updates: remember what it was
+        now = whole(state.params, fixed.base)
         parts = [
-            [step.with_old(fixed.graph, state.params, batch, temperature) for batch in batches]
+            [step.with_old(fixed.graph, now, batch, temperature) for batch in batches]
             for batches in parts
         ]
     total = None
@@ -75,8 +78,9 @@ def grpo_update(
         grads, measured = step.zeros_like(state.params), None
         for batch in batches:
             grads, new = step.accumulate_grpo(
-                fixed.graph, state.params, reference, grads, batch, config.loss, temperature
-            )
+                fixed.graph, state.params, reference, grads, batch, config.loss, temperature,
+                fixed.base, fixed.reference_graph,
+            )  # fmt: skip
             measured = step.add(measured, new)
         state, update = step.apply(fixed.transform, state, grads)
         total = step.add(total, measured | update)

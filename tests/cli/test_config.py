@@ -45,6 +45,20 @@ def test_flags_replace_fields():
     assert changed("--grpo.batch", "a", "1", "b", "2").grpo.batch == (("a", 1), ("b", 2))
 
 
+def test_a_record_that_is_none_is_made_by_its_flags_and_dropped_by_none():
+    assert changed("--sft.steps", "3") == Plan(sft=Training(steps=3))
+    assert changed("--sft.loss.kl_weight=0.5").sft.loss == Loss(kl_weight=0.5)
+    given = Plan(sft=Training(steps=7))
+    again = config.override(given, ["--sft.loss.kl-weight", "0.5"], "mmsr train x.py")
+    assert again == Plan(sft=Training(steps=7, loss=Loss(kl_weight=0.5)))
+    for words in (["--sft", "None"], ["--sft=None"]):
+        assert config.override(given, [*words, "--name", "n"], "p") == Plan(name="n")
+    with pytest.raises(UsageError, match=r"unknown flag --sft\.stepps, did you mean --sft\.steps"):
+        changed("--sft.stepps", "3")
+    with pytest.raises(UsageError, match="unknown flag --grpo"):
+        changed("--grpo", "None")  # a record that cannot be None
+
+
 def test_flags_of_a_record():
     assert list(config.flags(Plan())) == [
         "--name", "--grpo.steps", "--grpo.batch", "--grpo.loss.kl-weight", "--grpo.loss.divide",
@@ -79,6 +93,7 @@ def test_help_lists_the_fields_with_their_comments(capsys):
         changed("--help")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
+    assert "--sft.loss.kl-weight" in shown  # None so far, made by its flags
     assert "--grpo.loss.kl-weight" in shown and "pull to the reference" in shown
 
 

@@ -15,12 +15,14 @@ from mmsr_jax.build import Job
 from mmsr_jax.cli.main import main
 from mmsr_jax.experiment import Experiment, TokenizerConfig, save
 from mmsr_jax.inputs import chat, images, layout
+from mmsr_jax.model import lora as lora_lib
 from mmsr_jax.model import qwen2_5_vl as qwen
 from mmsr_jax.model.config import preset
+from mmsr_jax.model.lora import LoRAConfig
 from mmsr_jax.train import state as state_lib
 from mmsr_jax.train.optimizer import OptimizerConfig, optimizer
 from mmsr_jax.types import Message
-from mmsr_jax.weights import hf
+from mmsr_jax.weights import hf, peft
 from mmsr_jax.weights.checkpoint import CheckpointConfig, Checkpoints
 
 QUESTION = "What capital?"
@@ -158,11 +160,38 @@ def test_weights_with_another_tokenizer_are_refused(exported, run, tmp_path):
         _ = Job(experiment, tmp_path).model
 
 
+def test_a_run_with_lora_is_exported_merged_or_as_an_adapter(run, exported, tmp_path):
+    lora = LoRAConfig(rank=3, alpha=6.0, targets=("q_proj", "down_proj"))
+    experiment = Experiment(
+        "lora", stages=("grpo",), weights=str(exported), lora=lora,
+        tokenizer=TokenizerConfig(source=str(exported)),
+    )  # fmt: skip
+    workdir = tmp_path / "run"
+    save(experiment, workdir)
+    job = Job(experiment, workdir)
+    adapter = grown(job.start(), 2)
+    with Checkpoints(workdir / "checkpoints" / "grpo", CheckpointConfig()) as checkpoints:
+        state = state_lib.create(adapter, optimizer(OptimizerConfig(), 9))
+        checkpoints.save(5, state, {"step": 5})
+    whole, alone = tmp_path / "whole", tmp_path / "alone"
+    assert main(["export", str(workdir), str(whole), "--dtype", "float32"]) == 0
+    merged = lora_lib.merge(lora_lib.join(run[3], adapter), lora)
+    jax.tree.map(np.testing.assert_array_equal, hf.load(whole).params, merged)
+    assert np.abs(merged["text"]["layers"]["mlp"]["down"]["kernel"]).max() > 0.1
+    assert main(["export", str(workdir), str(alone), "--dtype", "float32", "--adapter"]) == 0
+    found, read = peft.load(alone, job.model)
+    assert (found.rank, found.alpha) == (3, 6.0)
+    jax.tree.map(np.testing.assert_array_equal, read, adapter)
+    settings = json.loads((alone / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(exported)
+
+
 def test_mistakes_end_in_one_line(run, exported, tmp_path, capsys):
     for words, message in (
         ([tmp_path, tmp_path / "out"], f"{tmp_path} holds no run (no config.json)"),
         ([run[1], run[1]], f"{run[1]} is neither empty nor an earlier export"),
         ([run[1], tmp_path / "out", "--dtype", "int8"], "invalid choice: 'int8'"),
+        ([run[1], tmp_path / "out", "--adapter"], "trained all weights, not an adapter"),
     ):
         assert main(["export", *map(str, words)]) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from mmsr_jax.model import lora
 from mmsr_jax.model import qwen2_5_vl as qwen
 from mmsr_jax.parallel import compiles
 from mmsr_jax.parallel.mesh import MeshConfig, make_mesh
@@ -15,6 +16,9 @@ from mmsr_jax.train import state as state_lib
 from mmsr_jax.train.assemble import assemble
 
 CONFIG = grpo.LossConfig(kl_weight=0.1)
+LORA = lora.LoRAConfig(
+    rank=3, alpha=3.0, targets=("q_proj", "k_proj", "down_proj", "qkv"), vision=True
+)
 TEMPERATURE = np.float32(1)
 
 
@@ -66,6 +70,31 @@ def test_loss_and_gradients(tiny, pieces, laid, name):
     for gradient, weight in zip(jax.tree.leaves(grads), jax.tree.leaves(weights), strict=True):
         assert gradient.sharding.is_equivalent_to(weight.sharding, weight.ndim)
     assert_found_again(name, grads, measured)
+
+
+def test_an_adapter_on_frozen_weights(tiny, pieces, laid, mesh):
+    """Drawn on the mesh as on one device; gradients and moments lie where the adapter lies."""
+    plain, params = laid
+    base = params()
+    graph, shapes = qwen.abstract(tiny.model, mesh, lora=LORA)
+    shapes = lora.split(shapes)[1]
+    adapter = lora.init(shapes, jax.random.key(3))
+    adapter = jax.tree.map(lambda x: x + 0.02, adapter)
+    (batch,) = assemble(pieces, tiny.model, tiny.pack, aggregate="token")
+    grads, measured = step.accumulate_grpo(
+        graph, adapter, base, step.zeros_like(adapter), batch, CONFIG, TEMPERATURE, base, plain
+    )
+    assert_found_again("lora", grads, measured)
+    state = state_lib.create(adapter, tiny.transform, mesh)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    places = [s.sharding for s in jax.tree.leaves(shapes)]
+    held = jax.tree.leaves(adapter) + jax.tree.leaves(grads) + moments
+    for leaf, place in zip(held, 4 * places, strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    assert any(not place.is_fully_replicated for place in places)
+    merged = lora.merge(lora.join(base, adapter), LORA)
+    for leaf, weight in zip(jax.tree.leaves(merged), jax.tree.leaves(base), strict=True):
+        assert leaf.sharding.is_equivalent_to(weight.sharding, leaf.ndim)
 
 
 def test_moments_lie_where_their_weights_lie_and_nothing_recompiles(tiny, pieces, laid, mesh):

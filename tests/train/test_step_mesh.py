@@ -8,10 +8,15 @@ import sys
 import jax
 import numpy as np
 
+from mmsr_jax.model import lora
+from mmsr_jax.model import qwen2_5_vl as qwen
 from mmsr_jax.train import grpo, step
 from mmsr_jax.train.assemble import assemble
 
 CONFIG = grpo.LossConfig(kl_weight=0.1)
+LORA = lora.LoRAConfig(
+    rank=3, alpha=3.0, targets=("q_proj", "k_proj", "down_proj", "qkv"), vision=True
+)
 
 
 def test_eight_devices_compute_what_one_computes(tiny, params, pieces, tmp_path):
@@ -24,6 +29,13 @@ def test_eight_devices_compute_what_one_computes(tiny, params, pieces, tmp_path)
             np.float32(1),
         ),
     }  # fmt: skip
+    graph, shapes = qwen.abstract(tiny.model, lora=LORA)
+    adapter = lora.init(lora.split(shapes)[1], jax.random.key(3))
+    adapter = jax.tree.map(lambda x: x + 0.02, adapter)  # B is no zero
+    found["lora"] = step.accumulate_grpo(
+        graph, adapter, params, step.zeros_like(adapter), batch, CONFIG, np.float32(1), params,
+        tiny.graph,
+    )  # fmt: skip
     for name, (grads, measured) in found.items():
         leaves = {f"g{n}": np.asarray(g) for n, g in enumerate(jax.tree.leaves(grads))}
         numbers = {f"m_{k}": np.asarray(v) for k, v in measured.items()}

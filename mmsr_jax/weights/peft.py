@@ -1,0 +1,209 @@
+"""LoRA adapters in PEFT's format: a folder of adapter_config.json and adapter_model.safetensors.
+
+`peft` puts the folder on top of transformers' Qwen2_5_VLForConditionalGeneration. Tensors are named
+after the module in memory (transformers 5): `base_model.model.model.language_model.layers.0
+.self_attn.q_proj.lora_A.weight`, shape (rank, in), and `.lora_B.weight`, shape (out, rank). Older
+transformers had other prefixes; `load` knows both.
+"""
+
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mmsr_jax.model import lora as lora_lib
+from mmsr_jax.model import qwen2_5_vl
+from mmsr_jax.model.config import ModelConfig
+from mmsr_jax.model.lora import LoRAConfig, Module
+from mmsr_jax.weights.hf_names import canonical
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+KINDS = {lora_lib.A: "lora_A", lora_lib.B: "lora_B"}
+
+# What an adapter may be beyond plain LoRA, with the value that means "it is not".
+_PLAIN = {
+    "use_rslora": False,
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
+# Younger ones, which older programs do not know: read, not written.
+_YOUNGER = dict.fromkeys(
+    (
+        "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication",
+        "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+        "velora_config", "monteclora_config",
+    )
+)  # fmt: skip
+
+
+def save(
+    params: dict,
+    config: ModelConfig,
+    lora: LoRAConfig,
+    folder: pathlib.Path | str,
+    *,
+    base_name: str = "",
+    dtype: str = "float32",
+) -> None:
+    """Writes an adapter folder.
+
+    Args:
+        params: an adapter, or base and adapter joined; arrays that this process can read whole.
+        base_name: folder or hub id of the model beneath, for PEFT's `base_model_name_or_path`.
+        dtype: of the tensors on disk.
+
+    Raises:
+        ValueError: the adapter is not the one of `config` and `lora`.
+    """
+    adapter = lora_lib.split(params)[1]
+    chosen = lora_lib.targeted(config, lora)
+    shapes = _shapes(config, lora)
+    found = jax.tree.map(lambda leaf: leaf.shape, adapter)
+    wanted = jax.tree.map(lambda leaf: leaf.shape, shapes)
+    if found != wanted:
+        raise ValueError(f"the adapter is {found}, rank and targets of the config say {wanted}")
+    tensors = {}
+    for module in chosen:
+        for kind, published in KINDS.items():
+            array = np.asarray(_at(adapter, module.path)[kind])
+            for layer, name in enumerate(module.names):
+                own = array[layer] if module.stacked else array
+                matrix = _to_torch(own, kind, lora.rank).astype(jnp.dtype(dtype))
+                tensors[f"{PREFIX}{name}.{published}.weight"] = np.ascontiguousarray(matrix)
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(_peft_config(chosen, lora, base_name), indent=2) + "\n")
+
+
+def _peft_config(chosen: tuple[Module, ...], lora: LoRAConfig, base_name: str) -> dict:
+    """adapter_config.json. One expression names the modules: a list would match more of them.
+
+    PEFT matches list entries by their ending, and `gate_proj` ends modules of both towers.
+    """
+    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    names = "|".join(lora_lib.exact(chosen))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name or None,
+        "r": lora.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": rf"model\.({names})",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    } | _PLAIN
+
+
+def load(folder: pathlib.Path | str, config: ModelConfig, *, dtype: str = "float32"):
+    """Reads an adapter folder for a model of this config.
+
+    Args:
+        dtype: of the adapter's arrays.
+
+    Returns: LoRAConfig and the adapter, a nested dict of host arrays: `lora.join` puts it on the
+        base, `jax.device_put` on a mesh.
+
+    Raises:
+        ValueError: no adapter folder, something that plain LoRA has not, or tensors missing,
+            unexpected or of another shape, all named in one message.
+    """
+    folder = pathlib.Path(folder)
+    settings = _settings(folder)
+    rank = settings["r"]
+    try:
+        with safe_open(folder / TENSORS, framework="numpy") as file:
+            tensors = {_known(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{folder / TENSORS} is damaged: {error}") from None
+    every = lora_lib.modules(config, vision=True)
+    chosen = tuple(m for m in every if any(_key(n, k) in tensors for n in m.names for k in KINDS))
+    vision = any(m.path[0] == "vision" for m in chosen)
+    if not chosen:
+        raise ValueError(f"{folder} adapts no module of this model")
+    lora = LoRAConfig(
+        rank=rank,
+        alpha=settings["lora_alpha"],
+        targets=lora_lib.exact(chosen),
+        vision=vision,
+        param_dtype=dtype,
+    )
+    shapes, adapter, problems, used = _shapes(config, lora), {}, [], set()
+    for module in chosen:
+        node = adapter
+        for name in module.path:
+            node = node.setdefault(name, {})
+        for kind in KINDS:
+            target = _at(shapes, module.path)[kind]
+            shape = target.shape[1:] if module.stacked else target.shape
+            layers = []
+            for key in (_key(name, kind) for name in module.names):
+                used.add(key)
+                matrix = tensors.get(key)
+                size = _matrix(shape, kind, rank)
+                if matrix is None:
+                    problems.append(f"missing {key}")
+                elif matrix.shape != size:
+                    problems.append(f"misshaped {key}: {matrix.shape}, the model wants {size}")
+                else:
+                    layers.append(matrix.T.reshape(shape).astype(target.dtype))
+            if len(layers) == len(module.names):
+                node[kind] = np.stack(layers) if module.stacked else layers[0]
+    problems += [f"unexpected {key}" for key in tensors.keys() - used]
+    if problems:
+        raise ValueError(f"{folder} does not fit the model:\n  " + "\n  ".join(sorted(problems)))
+    return lora, adapter
+
+
+def _settings(folder: pathlib.Path) -> dict:
+    if not (folder / CONFIG).is_file() or not (folder / TENSORS).is_file():
+        raise ValueError(f"{folder} is no PEFT adapter: it needs {CONFIG} and {TENSORS}")
+    settings = json.loads((folder / CONFIG).read_text())
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} is an adapter of type {settings.get('peft_type')}, not LORA")
+    for name, plain in (_PLAIN | _YOUNGER).items():
+        if (settings.get(name) or plain) != plain:
+            raise ValueError(f"{folder}: {name} = {settings[name]!r} is not supported")
+    if missing := [name for name in ("r", "lora_alpha") if name not in settings]:
+        raise ValueError(f"{folder / CONFIG} lacks {', '.join(missing)}")
+    return settings
+
+
+def _known(key: str) -> str:
+    """A tensor's name without what the versions of transformers do not share."""
+    return canonical(key.removeprefix(PREFIX))
+
+
+def _key(name: str, kind: str) -> str:
+    return canonical(f"{name}.{KINDS[kind]}.weight")
+
+
+def _shapes(config: ModelConfig, lora: LoRAConfig) -> dict:
+    return lora_lib.split(qwen2_5_vl.abstract(config, lora=lora)[1])[1]
+
+
+def _matrix(shape: tuple[int, ...], kind: str, rank: int) -> tuple[int, int]:
+    """Shape of torch's matrix, (out, in), for one of ours."""
+    wide = math.prod(shape) // rank
+    return (rank, wide) if kind == lora_lib.A else (wide, rank)
+
+
+def _to_torch(array: np.ndarray, kind: str, rank: int) -> np.ndarray:
+    return array.reshape(_matrix(array.shape, kind, rank)[::-1]).T
+
+
+def _at(tree: dict, path: lora_lib.Path) -> dict:
+    for name in path:
+        tree = tree[name]
+    return tree
