@@ -4,7 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 
-
 ATTENTION = ("auto", "xla", "cudnn", "triton", "splash")  # what they do: attention/choose.py
 
 
