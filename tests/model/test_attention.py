@@ -118,8 +118,8 @@ def test_cudnn_lowers_to_its_own_calls_and_to_triton_for_packed_rows(monkeypatch
     assert "__cudnn$fmhaSoftmaxBackward" in text and "xla.gpu.triton" not in text
 
 
-def a_case(platform="tpu", dtype="bfloat16", head_dim=128, length=4096, causal=True):
-    return choose.Case(platform, dtype, head_dim, length, causal)
+def a_case(platform="tpu", dtype="bfloat16", head_dim=128, length=4096, causal=True, **gpu):
+    return choose.Case(platform, dtype, head_dim, length, causal, **gpu)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,8 @@ def a_case(platform="tpu", dtype="bfloat16", head_dim=128, length=4096, causal=T
         ("cudnn", a_case("gpu", head_dim=80, length=64, causal=False)),
         ("triton", a_case("gpu", head_dim=36)),
         ("xla", a_case("gpu", "float32")),
+        ("cudnn", a_case("gpu", capability="12.0")),
+        ("xla", a_case("gpu", capability="7.5")),
     ],
 )
 def test_auto_chooses_by_platform_and_shape(name, which):
@@ -146,10 +148,11 @@ def test_what_is_asked_for_is_taken_or_refused():
     assert choose.choose("splash", a_case(length=64)) == "splash"
     for wanted, which, reason in [
         ("splash", a_case("cpu"), "runs on TPU, and this program is for cpu"),
-        ("cudnn", a_case("tpu"), "runs on GPU, and this program is for tpu"),
+        ("cudnn", a_case(), "runs on GPU, and this program is for tpu"),
         ("triton", a_case("cpu"), "runs on GPU"),
         ("cudnn", a_case("gpu", "float32"), "the model's dtype is float32"),
         ("cudnn", a_case("gpu", head_dim=36), "multiple of 8 up to 128 wide, they are 36"),
+        ("triton", a_case("gpu", capability="7.5"), "capability 8.0 .Ampere., this GPU has 7.5"),
         ("triton", a_case("gpu", head_dim=512), "up to 256 wide, they are 512"),
     ]:
         with pytest.raises(ValueError, match=f"attention='{wanted}'.*{reason}.*'auto'"):

@@ -3,8 +3,8 @@
 | name | runs on | serves | source |
 |---|---|---|---|
 | `xla` | everywhere | everything; holds the [T, T] scores of a layer | `xla.attend` |
-| `cudnn` | GPU | bfloat16 and float16; rows of several sequences go to `triton` | jax.nn |
-| `triton` | GPU | everything, key-value heads repeated | pallas.ops.gpu.attention |
+| `cudnn` | CUDA | bfloat16 and float16; rows of several sequences go to `triton` | jax.nn |
+| `triton` | CUDA | everything, key-value heads repeated | pallas.ops.gpu.attention |
 | `splash` | TPU | everything, heads padded to 128 | pallas.ops.tpu.splash_attention |
 
 `auto` takes a kernel where one serves in half precision, else XLA.
@@ -36,6 +36,7 @@ class Case:
     head_dim: int
     length: int  # positions of a row or group
     causal: bool
+    capability: str = ""  # of a GPU, such as "9.0"; "" where there is none
 
 
 def platform_of(place: Placement) -> str:
@@ -43,18 +44,35 @@ def platform_of(place: Placement) -> str:
 
     A mesh of devices says it itself, so that a program can be compiled for a machine elsewhere.
     """
+    platform = _device(place).platform
+    return "gpu" if platform == "cuda" else platform
+
+
+def capability_of(place: Placement) -> str:
+    """The compute capability of a GPU, "" of another device."""
+    return str(getattr(_device(place), "compute_capability", ""))
+
+
+def _device(place: Placement) -> jax.Device:
     devices = getattr(place.mesh, "devices", None)  # an abstract mesh has none
-    platform = jax.default_backend() if devices is None else devices.flat[0].platform
-    return "gpu" if platform in ("cuda", "rocm") else platform
+    return jax.devices()[0] if devices is None else devices.flat[0]
 
 
 def _xla(case: Case) -> str | None:
     return None
 
 
-def _cudnn(case: Case) -> str | None:
+def _gpu(case: Case) -> str | None:
     if case.platform != "gpu":
         return f"it runs on GPU, and this program is for {case.platform}"
+    if case.capability and float(case.capability) < 8:
+        return f"it needs compute capability 8.0 (Ampere), this GPU has {case.capability}"
+    return None
+
+
+def _cudnn(case: Case) -> str | None:
+    if reason := _gpu(case):
+        return reason
     if case.dtype not in ("bfloat16", "float16"):
         return f"it computes in bfloat16 or float16, the model's dtype is {case.dtype}"
     if case.head_dim % 8 or case.head_dim > 128:
@@ -63,8 +81,8 @@ def _cudnn(case: Case) -> str | None:
 
 
 def _triton(case: Case) -> str | None:
-    if case.platform != "gpu":
-        return f"it runs on GPU, and this program is for {case.platform}"
+    if reason := _gpu(case):
+        return reason
     if case.head_dim > MOST_HEAD_DIM:
         return f"heads may be up to {MOST_HEAD_DIM} wide, they are {case.head_dim}"
     return None

@@ -38,9 +38,13 @@ def bind(
         ValueError: `wanted` cannot serve this case (see `choose`).
     """
     case = choose.Case(
-        platform=choose.platform_of(place), dtype=dtype, head_dim=head_dim,
-        length=segments.shape[1], causal=causal,
-    )  # fmt: skip
+        platform=choose.platform_of(place),
+        dtype=dtype,
+        head_dim=head_dim,
+        length=segments.shape[1],
+        causal=causal,
+        capability=choose.capability_of(place),
+    )
     name = choose.choose(wanted, case)
     if name == "xla":
         # Made once, outside the layers' scan.
