@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from mmsr_jax.model.attention import choose
 from mmsr_jax.model.attention.xla import attend, segment_mask
-from mmsr_jax.parallel.rules import Placement
+from mmsr_jax.parallel.rules import Placement, spec
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -70,15 +71,22 @@ def _over_mesh(kernel, q, k, v, numbers, place: Placement, rows: str) -> jax.Arr
     """The compiler cannot cut a kernel, so each device is given its rows and heads by hand."""
     if place.mesh is None or place.mesh.size == 1:
         return kernel(q, k, v, numbers)
+    # Rows that do not divide are filled up: left whole, every device would do all of them.
+    axis, count = spec((rows,), place.rules)[0], q.shape[0]
+    extra = 0 if axis is None else -count % place.mesh.shape[axis]
+    if extra:
+        q, k, v, numbers = (
+            jnp.pad(x, ((0, extra),) + ((0, 0),) * (x.ndim - 1)) for x in (q, k, v, numbers)
+        )
     own = place.of((rows, None, "heads", None), q.shape).spec
-    shards = 1 if own[2] is None else place.mesh.shape[own[2]]
-    copies = kv_copies(q.shape[2], k.shape[2], shards)
+    copies = kv_copies(q.shape[2], k.shape[2], 1 if own[2] is None else place.mesh.shape[own[2]])
     if copies > 1:
         k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
-    by_row = jax.sharding.PartitionSpec(own[0], None)
-    return jax.shard_map(
+    by_row = PartitionSpec(own[0], None)
+    out = jax.shard_map(
         kernel, mesh=place.mesh, in_specs=(own, own, own, by_row), out_specs=own, check_vma=False
     )(q, k, v, numbers)
+    return out[:count]
 
 
 def kv_copies(heads: int, kv_heads: int, shards: int) -> int:
