@@ -4,6 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+ATTENTION = ("auto", "xla", "cudnn", "triton", "splash")  # what they do: attention/choose.py
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
@@ -95,8 +97,11 @@ class ModelConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = True  # recompute a layer's inside in the backward pass (on CPU faster, too)
+    attention: str = "auto"  # one of ATTENTION; any but auto is taken or refused, never replaced
 
     def __post_init__(self):
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention {self.attention!r} is none of {', '.join(ATTENTION)}")
         if self.vision.out_hidden != self.text.hidden:
             raise ValueError(
                 f"vision out_hidden {self.vision.out_hidden} is not text hidden {self.text.hidden}"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmsr_jax.model import rope
-from mmsr_jax.model.attention import attend, attend_cached, segment_mask
+from mmsr_jax.model.attention import attend_cached, bind
 from mmsr_jax.model.cache import Cache, target_slots, write
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.model.layers import Dense, Embedding, GatedMLP, RMSNorm
@@ -124,12 +124,19 @@ class TextModel(nnx.Module):
 
     def _run(self, x, turn, segments):
         graph, params = nnx.split(self.layers)
-        mask = segment_mask(segments)
+        attention = bind(
+            self.config.attention,
+            segments,
+            causal=True,
+            head_dim=self.config.text.head_dim,
+            dtype=self.config.dtype,
+            place=self.place,
+        )
 
         def body(x, layer_params):
             layer = nnx.merge(graph, layer_params)
             q, k, v = layer.before(x, *turn)
-            return layer.after(x, attend(q, k, v, mask)), None
+            return layer.after(x, attention(q, k, v)), None
 
         if self.config.remat:
             body = jax.checkpoint(body, prevent_cse=False)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmsr_jax.model import rope
-from mmsr_jax.model.attention import attend
+from mmsr_jax.model.attention import bind
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.model.layers import Dense, GatedMLP, RMSNorm
 from mmsr_jax.parallel.rules import Placement
@@ -56,13 +56,23 @@ def _regroup_backward(plan, gradient):
 regroup.defvjp(_regroup_forward, _regroup_backward)
 
 
-def _attend_grouped(qkv: jax.Array, groups: jax.Array, slot: jax.Array) -> jax.Array:
+def _attend_grouped(
+    qkv: jax.Array, groups: jax.Array, slot: jax.Array, config: ModelConfig, place: Placement
+) -> jax.Array:
     """qkv [P, 3, N, H] attended within groups [G, S]: [P, N, H]."""
     patches, _, heads, size = qkv.shape
     grouped = regroup(qkv.reshape(patches, -1), groups.reshape(-1), slot)
     grouped = grouped.reshape(groups.shape + (3, heads, size))
-    mask = jnp.broadcast_to((groups < patches)[:, None, :], groups.shape[:1] + 2 * groups.shape[1:])
-    out = attend(grouped[:, :, 0], grouped[:, :, 1], grouped[:, :, 2], mask)
+    attention = bind(
+        config.attention,
+        groups < patches,
+        causal=False,
+        head_dim=size,
+        dtype=config.dtype,
+        place=place,
+        rows="patches",
+    )
+    out = attention(grouped[:, :, 0], grouped[:, :, 1], grouped[:, :, 2])
     out = regroup(out.reshape(-1, heads * size), slot, groups.reshape(-1))
     return out.reshape(patches, heads, size)
 
@@ -74,7 +84,7 @@ class VisionLayer(nnx.Module):
         vision = config.vision
         kinds = {"rngs": rngs, "dtype": config.dtype, "param_dtype": config.param_dtype}
         heads, out_scale = (vision.heads, vision.head_dim), (2 * vision.depth) ** -0.5
-        self.place = place
+        self.config, self.place = config, place
         self.norm1 = RMSNorm(vision.hidden, vision.norm_eps, param_dtype=config.param_dtype)
         self.qkv = Dense(
             (vision.hidden,), (3,) + heads, ("embed", None, "heads", "head"), bias=True, **kinds
@@ -104,12 +114,15 @@ class VisionLayer(nnx.Module):
         qkv = jnp.concatenate([turned, qkv[:, 2:]], axis=1)
         attended = jax.lax.cond(
             whole_frame,
-            lambda qkv: _attend_grouped(qkv, inputs.frames, inputs.frame_slot),
-            lambda qkv: _attend_grouped(qkv, inputs.windows, inputs.window_slot),
+            lambda qkv: self._attend(qkv, inputs.frames, inputs.frame_slot),
+            lambda qkv: self._attend(qkv, inputs.windows, inputs.window_slot),
             qkv,
         )
         x = x + self.place(self.proj(attended), "patches", "embed")
         return x + self.place(self.mlp(self.norm2(x), "patches"), "patches", "embed")
+
+    def _attend(self, qkv, groups, slot):
+        return _attend_grouped(qkv, groups, slot, self.config, self.place)
 
 
 class Merger(nnx.Module):

@@ -1,4 +1,4 @@
-"""Attention in one function. XLA is the reference against which other kernels are tested."""
+"""Attention in plain XLA, on any platform: the reference that the kernels are tested against."""
 
 import jax
 import jax.numpy as jnp
