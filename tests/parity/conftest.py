@@ -1,8 +1,20 @@
-"""The worst figures of a run of random models, shown at its end."""
+"""Quick compilation for all tests here; the worst figures of a run, shown at its end."""
 
+import jax
 import pytest
+import torch
 
 WORST = pytest.StashKey[dict[str, tuple[float, str]]]()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling takes nearly all of the time of these tests; the numbers stay the same."""
+    torch.set_num_threads(1)
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def pytest_configure(config):

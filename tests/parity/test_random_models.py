@@ -1,9 +1,32 @@
-"""Random models, random conversations: ours against the original, from pixels to tokens."""
+"""Random models, random conversations: ours against the original, from pixels to tokens.
+
+Likely mistakes of a port, and the test here or elsewhere that turns red:
+
+ 1 positions that count a picture's tokens, not its longer side      test_positions_and_deltas...
+ 2 decoding by cache slot, or without delta                          test_greedy_tokens...
+ 3 M-RoPE sections interleaved or in another order                   test_logits...
+ 4 window order not applied to angles, or undone in the wrong place  test_picture_features...
+ 5 attention across pictures, or windows of two mixed up             test_picture_features...
+ 6 patches in raster order, channels and frames swapped              test_patches...
+ 7 tanh GELU, LayerNorm, another epsilon                             test_picture_features...
+ 8 biases missing or too many                                        test_gradients...,
+     strict names: test_parity.py, test_errors_name_every_tensor
+ 9 angles of the wrong precision in bfloat16                         test_parity.py, bfloat16
+10 transposed kernels                                                test_logits...
+11 a tied head lost, or its gradient from one use only               test_gradients...
+12 rounding of sizes, alpha, limits of pixels                        test_patches...;
+     any size and mode: tests/inputs/test_images.py
+13 features at the wrong tokens, padding that leaks                  test_hidden_states...;
+     tests/model/test_forward.py, test_padding_patches...
+14 programs compiled anew                                            test_recompiles.py
+15 names of an export                                                test_parity.py, export
+
+The default run takes a few models; `python -m pytest -m slow tests/parity` takes the other 54.
+"""
 
 import gc
 
 import compare
-import jax
 import numpy as np
 import originals
 import pytest
@@ -11,20 +34,10 @@ import torch
 
 from mmsr_jax.inputs import layout
 
-SOME = range(6)  # in every run
+SOME = range(6)  # in every run: tied and not
 MANY = range(6, 60)  # python -m pytest -m slow tests/parity
 SEEDS = [*SOME, *(pytest.param(seed, marks=pytest.mark.slow) for seed in MANY)]
 TIE = 1e-5  # logits nearer than this may be taken in either order
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes nearly all of the time of these tests; the numbers stay the same."""
-    torch.set_num_threads(1)
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module", params=SEEDS)
