@@ -94,9 +94,9 @@ def build(seed: int, config: Qwen2_5_VLConfig) -> Qwen2_5_VLForConditionalGenera
                 base = 0.0 if name.endswith("bias") else 1.0
                 parameter.copy_(base + 0.2 * noise)
             else:
-                # Attention that chooses, and counts: else the model repeats one token for ever.
-                chooses = any(part in name for part in ("q_proj", "k_proj", "o_proj"))
-                parameter.copy_((1.6 if chooses else 1.0) * noise / parameter[0].numel() ** 0.5)
+                # Attention that counts: else a model often repeats one token for ever.
+                attends = name.endswith("o_proj.weight")
+                parameter.copy_((1.4 if attends else 1.0) * noise / parameter[0].numel() ** 0.5)
         # The model must not say a placeholder: the original would want a picture for it later.
         for table in (model.lm_head.weight, model.model.language_model.embed_tokens.weight):
             table[[config.image_token_id, config.video_token_id]] *= 0.01
