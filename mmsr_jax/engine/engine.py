@@ -21,7 +21,7 @@ import numpy as np
 from mmsr_jax.engine import state as state_lib
 from mmsr_jax.engine import steps
 from mmsr_jax.inputs import layout
-from mmsr_jax.inputs.pictures import picture_batches
+from mmsr_jax.inputs.pictures import check_rows, picture_batches
 from mmsr_jax.types import Picture, Tokens
 
 
@@ -138,7 +138,8 @@ class Engine:
 
         Raises:
           ValueError: more samples than free rows, or a prompt longer than the cache, or a budget
-            beyond `turn_tokens`, or pictures that do not fit. No row is taken then.
+            beyond `turn_tokens`, or pictures that do not fit, or fewer pictures than the prompt
+            has places for. No row is taken then.
         """
         wanted = sum(len(r.streams) for r in requests)
         if wanted > len(self._free):
@@ -253,6 +254,7 @@ class Engine:
                 f"a budget of {resume.budget} tokens a turn, engine.turn_tokens is "
                 f"{self.config.turn_tokens}"
             )
+        check_rows(tokens.image_index, resume.pictures, self.model.vision.merge_size)
         index = np.full(len(tokens), -1, np.int64)
         first = 0
         for picture in resume.pictures:

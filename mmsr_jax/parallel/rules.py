@@ -70,12 +70,18 @@ def sharding(mesh: Mesh, rules: Rules, logical_axes: Axes, shape: tuple[int, ...
     parts = list(spec(logical_axes, rules))
     for index, axis in enumerate(parts):
         if axis is not None and shape[index] % mesh.shape[axis]:
-            log.info(
-                "axis %s of %s has size %d, not a multiple of %s=%d: left whole",
-                logical_axes[index], shape, shape[index], axis, mesh.shape[axis],
-            )  # fmt: skip
+            _say_left_whole(logical_axes[index], shape[index], axis, mesh.shape[axis])
             parts[index] = None
     return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+@functools.cache
+def _say_left_whole(name: str, size: int, axis: str, ways: int) -> None:
+    """Once for all arrays alike: it costs memory, and only the user can choose another mesh."""
+    log.warning(
+        "axis %s of size %d is not a multiple of %s=%d: every device along %s holds all of it",
+        name, size, axis, ways, axis,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from mmsr_jax.inputs import layout
+from mmsr_jax.inputs.pictures import check_rows
 from mmsr_jax.model import qwen2_5_vl as qwen
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.train.batch import TrainBatch
@@ -51,7 +52,8 @@ def assemble(
       Micro-batches of numpy arrays.
 
     Raises:
-      ValueError: a conversation longer than a row, or with more pictures than fit.
+      ValueError: a conversation longer than a row, with more pictures than fit, or with tokens
+        that stand for pictures it does not have.
     """
     if not pieces:
         raise ValueError("nothing to train on: no conversation was given")
@@ -110,6 +112,7 @@ class _Micro:
         """Puts a conversation in; False when it does not fit any more."""
         tokens, c = piece.tokens, self.config
         n = len(tokens)
+        check_rows(tokens.image_index, tokens.pictures, self.model.vision.merge_size)
         rows = np.flatnonzero(self.used + n <= c.length)
         new = {p.digest: p for p in tokens.pictures if p.digest not in self.pictures}
         patches = sum(p.patches.shape[0] for p in new.values())

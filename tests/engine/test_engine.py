@@ -1,5 +1,7 @@
 """Rows that come and go, groups from one prefill, the pool of pictures, limits, compile counts."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -179,6 +181,9 @@ def test_more_than_fits_is_refused_with_both_numbers(tiny):
     many = tiny.prompt(*(tiny.picture(6, 10, seed=n) for n in range(6)))
     with pytest.raises(ValueError, match="feature pool, engine.feature_rows is 120"):
         engine.admit([Request(many, (stream(0),), 4)])
+    lost = dataclasses.replace(tiny.prompt(tiny.picture(4, 6), "What?"), pictures=())
+    with pytest.raises(ValueError, match="more image placeholders than images: .* row 5 .* 0 rows"):
+        engine.admit([Request(lost, (stream(0),), 4)])
     # A refusal takes no rows with it.
     assert engine.free_rows == 6 and not engine.running
     assert len(sample(engine, prompt, (stream(0), stream(1)))) == 2

@@ -187,6 +187,8 @@ def test_what_does_not_fit_is_refused_with_its_numbers(tiny):
     refused(tokens, "2 pictures does not fit .* 1 pictures of at most", pictures=1)
     refused(tokens, "at most 24 patches", picture_patches=24)
     refused(tokens, "80 in all", patches=80)
+    one = dataclasses.replace(tokens, pictures=tokens.pictures[:1])
+    refused(one, "more image placeholders than images: .* row 20 .* 1 pictures have 15 rows")
     with pytest.raises(ValueError, match="nothing to train on"):
         assemble([], tiny.model, tiny.pack, aggregate="token")
     with pytest.raises(ValueError, match="'token' or 'sequence', got 'mean'"):
