@@ -9,6 +9,7 @@ Flax stays below this line; above it parameters are what optax, orbax and the en
 
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ __all__ = [
     "init",
     "init_cache",
     "unembed",
+    "unstack",
 ]
 
 
@@ -147,9 +149,44 @@ def init_cache(
     )
 
 
+def unstack(params: dict) -> dict:
+    """Parameters whose `layers` are a tuple with one tree a layer, not one tree of stacks.
+
+    Everything here takes either; gradients come in the form of the parameters. A stack compiles
+    once for all layers and is what files, optimisers and meshes know, but a loop over it copies
+    each layer's weights out before they are used. On CPU that is half as much again as decoding
+    costs, so the engine keeps its weights apart there. The other leaves are shared, not copied.
+    """
+    towers = {}
+    for tower in ("text", "vision"):
+        layers = params[tower]["layers"]
+        if not isinstance(layers, tuple):
+            layers = _apart(layers, jax.tree.leaves(layers)[0].shape[0])
+        towers[tower] = {**params[tower], "layers": layers}
+    return {**params, **towers}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _apart(layers: dict, count: int) -> tuple[dict, ...]:
+    return tuple(jax.tree.map(operator.itemgetter(index), layers) for index in range(count))
+
+
+def _merge(graph, params: dict) -> tuple[Qwen25VL, dict]:
+    """The model, and the parameters of each tower's layers where they are apart."""
+    apart = {}
+    for tower in ("text", "vision"):
+        layers = params[tower]["layers"]
+        if isinstance(layers, tuple):
+            apart[tower] = layers
+            # Something has to stand where the graph has its stack; it is not used.
+            params = {**params, tower: {**params[tower], "layers": layers[0]}}
+    return nnx.merge(graph, params), apart
+
+
 def encode_images(graph, params, vision: VisionInputs) -> jax.Array:
     """Features [P / merge_size^2, D] of all pictures' merged tokens, in their natural order."""
-    return nnx.merge(graph, params).vision(vision)
+    model, apart = _merge(graph, params)
+    return model.vision(vision, apart.get("vision"))
 
 
 def forward(
@@ -164,7 +201,7 @@ def forward(
     """One pass over a batch.
 
     Args:
-        graph, params: from `abstract` and `init`.
+        graph, params: from `abstract` and `init`; the layers may be apart (`unstack`).
         inputs: the batch. When it has `vision`, its pictures are encoded here.
         cache: with it, row b's tokens with segments > 0 (they must come first in the row) go to
             the slots from `lengths[b]` on and attend to every slot up to their own; one sequence
@@ -172,13 +209,13 @@ def forward(
         features: image features [M, D] already encoded; then `inputs.vision` is not used.
         logits: False leaves the vocabulary out (see `unembed`).
     """
-    model = nnx.merge(graph, params)
+    model, apart = _merge(graph, params)
     if features is None and inputs.vision is not None:
-        features = model.vision(inputs.vision)
-    hidden, cache = model.text(inputs, features, cache)
+        features = model.vision(inputs.vision, apart.get("vision"))
+    hidden, cache = model.text(inputs, features, cache, apart.get("text"))
     return Output(hidden, model.text.unembed(hidden) if logits else None, cache)
 
 
 def unembed(graph, params, hidden: jax.Array) -> jax.Array:
     """Logits float32 [..., V] of hidden states [..., D]."""
-    return nnx.merge(graph, params).text.unembed(hidden)
+    return _merge(graph, params)[0].text.unembed(hidden)

@@ -82,8 +82,17 @@ class TextModel(nnx.Module):
             head = Dense((text.hidden,), (text.vocab_size,), ("embed", "vocab"), **kinds)
         self.head = head
 
-    def __call__(self, inputs, features: jax.Array | None, cache: Cache | None):
-        """Hidden states [B, T, D] after the final norm, and the grown cache."""
+    def __call__(
+        self,
+        inputs,
+        features: jax.Array | None,
+        cache: Cache | None,
+        apart: tuple[dict, ...] | None = None,
+    ):
+        """Hidden states [B, T, D] after the final norm, and the grown cache.
+
+        `apart` are the parameters of the layers one by one, used instead of the stack.
+        """
         text = self.config.text
         x = self._embed(inputs.ids, inputs.image_index, features)
         cos, sin = rope.text_angles(
@@ -92,9 +101,9 @@ class TextModel(nnx.Module):
         # The rotation itself runs in the compute dtype, as in the original (unlike vision).
         turn = cos.astype(x.dtype), sin.astype(x.dtype)
         if cache is None:
-            x = self._run(x, turn, inputs.segments)
+            x = self._run(x, turn, inputs.segments, apart)
         else:
-            x, cache = self._run_cached(x, turn, inputs.segments, cache)
+            x, cache = self._run_cached(x, turn, inputs.segments, cache, apart)
         return self.norm(x), cache
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -122,7 +131,7 @@ class TextModel(nnx.Module):
             x = jnp.where((image_index >= 0)[..., None], pictures, x)
         return self.place(x, "batch", "length", "embed")
 
-    def _run(self, x, turn, segments):
+    def _run(self, x, turn, segments, apart):
         graph, params = nnx.split(self.layers)
         attention = bind(
             self.config.attention,
@@ -139,10 +148,15 @@ class TextModel(nnx.Module):
             return layer.after(x, attention(q, k, v)), None
 
         if self.config.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
-        return jax.lax.scan(body, x, params)[0]
+            # Outside a loop XLA would find the two computations equal and keep the first.
+            body = jax.checkpoint(body, prevent_cse=apart is not None)
+        if apart is None:
+            return jax.lax.scan(body, x, params)[0]
+        for layer_params in apart:
+            x, _ = body(x, layer_params)
+        return x
 
-    def _run_cached(self, x, turn, segments, cache):
+    def _run_cached(self, x, turn, segments, cache, apart):
         graph, params = nnx.split(self.layers)
         size = cache.k.shape[2]
         slots = target_slots(cache.lengths, segments, size)
@@ -161,6 +175,10 @@ class TextModel(nnx.Module):
             attended = attend_cached(q, k_store, v_store, index, own, reach)
             return (layer.after(x, attended), k_store, v_store, index + 1), None
 
-        start = (x, cache.k, cache.v, jnp.int32(0))
-        (x, k, v, _), _ = jax.lax.scan(body, start, params)
+        carry = (x, cache.k, cache.v, jnp.int32(0))
+        if apart is None:
+            carry, _ = jax.lax.scan(body, carry, params)
+        for layer_params in apart or ():
+            carry, _ = body(carry, layer_params)
+        x, k, v, _ = carry
         return x, Cache(k=k, v=v, lengths=grown)

@@ -107,17 +107,19 @@ class VisionLayer(nnx.Module):
             **kinds,
         )
 
-    def __call__(self, x, turn, inputs: VisionInputs, whole_frame: jax.Array) -> jax.Array:
+    def __call__(self, x, turn, inputs: VisionInputs, whole_frame: jax.Array | bool) -> jax.Array:
         qkv = self.place(self.qkv(self.norm1(x)), "patches", None, "heads", "head")
         # Rotation in float32 whatever the compute dtype is, as in the original.
         turned = rope.rotate(qkv[:, :2], turn[0][:, None], turn[1][:, None]).astype(qkv.dtype)
         qkv = jnp.concatenate([turned, qkv[:, 2:]], axis=1)
-        attended = jax.lax.cond(
-            whole_frame,
+        kinds = (
             lambda qkv: self._attend(qkv, inputs.frames, inputs.frame_slot),
             lambda qkv: self._attend(qkv, inputs.windows, inputs.window_slot),
-            qkv,
         )
+        if isinstance(whole_frame, bool):
+            attended = kinds[0 if whole_frame else 1](qkv)
+        else:
+            attended = jax.lax.cond(whole_frame, *kinds, qkv)
         x = x + self.place(self.proj(attended), "patches", "embed")
         return x + self.place(self.mlp(self.norm2(x), "patches"), "patches", "embed")
 
@@ -168,7 +170,8 @@ class VisionModel(nnx.Module):
         self.layers = stacked(jax.random.split(rngs.params(), vision.depth))
         self.merger = Merger(config, rngs=rngs)
 
-    def __call__(self, inputs: VisionInputs) -> jax.Array:
+    def __call__(self, inputs: VisionInputs, apart: tuple[dict, ...] | None = None) -> jax.Array:
+        """`apart` are the parameters of the layers one by one, used instead of the stack."""
         vision = self.config.vision
         x = self.place(self.patch(inputs.patches), "patches", "embed")
         turn = rope.patch_angles(inputs.hw, vision.head_dim, vision.rope_theta)
@@ -179,6 +182,15 @@ class VisionModel(nnx.Module):
             layer_params, whole = scanned
             return nnx.merge(graph, layer_params)(x, turn, inputs, whole), None
 
-        if self.config.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
-        return self.merger(jax.lax.scan(body, x, (params, whole_frame))[0])
+        def kept(body):
+            # As in the text model: outside a loop XLA would undo the recomputation.
+            remat = self.config.remat
+            return jax.checkpoint(body, prevent_cse=apart is not None) if remat else body
+
+        if apart is None:
+            return self.merger(jax.lax.scan(kept(body), x, (params, whole_frame))[0])
+        for index, layer_params in enumerate(apart):
+            whole = index in vision.full_attention_layers
+            layer = kept(lambda x, layer_params, whole=whole: body(x, (layer_params, whole))[0])
+            x = layer(x, layer_params)
+        return self.merger(x)

@@ -282,3 +282,47 @@ def test_the_graph_is_hashable_and_parameters_are_plain(model):
     assert hash(again) == hash(graph) and again == graph
     assert jax.tree.structure(shapes) == jax.tree.structure(params)
     assert {type(node) for node in (params, params["text"], params["vision"]["layers"])} == {dict}
+
+
+def test_layers_apart_equal_the_stack(model, rows, features, whole):
+    """Features, logits, cached logits and gradients; other leaves are shared."""
+    graph, params = model
+    apart = qwen2_5_vl.unstack(params)
+    assert len(apart["text"]["layers"]) == len(apart["vision"]["layers"]) == 2
+    assert apart["text"]["embed"]["table"] is params["text"]["embed"]["table"]
+    assert qwen2_5_vl.unstack(apart)["text"]["layers"] is apart["text"]["layers"]
+    vision = layout.vision_inputs(pictures(), CONFIG.vision)
+    assert np.abs(encode(graph, apart, vision) - features).max() < 1e-5
+    inputs = dataclasses.replace(batch(rows, 48), vision=vision)
+    valid = inputs.segments > 0
+    cache = qwen2_5_vl.init_cache(CONFIG, 3, SLOTS)
+    for store in (None, cache):
+        out = forward(graph, apart, inputs, store, features=features)
+        assert np.abs(np.asarray(out.logits) - whole)[valid].max() < 1e-5
+
+    def loss(params):
+        logits = qwen2_5_vl.forward(graph, params, inputs).logits
+        return jnp.where(valid, jax.nn.logsumexp(logits, -1), 0).sum()
+
+    quick = {"xla_backend_optimization_level": 0}
+    gradient = jax.jit(jax.grad(loss), compiler_options=quick)
+    expected, found = qwen2_5_vl.unstack(gradient(params)), gradient(apart)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max()), expected, found
+    )
+
+
+def test_layers_apart_recompute_when_asked(model, rows, features):
+    """Outside a loop XLA would merge the two computations of a layer if nothing kept them apart."""
+    apart = qwen2_5_vl.unstack(model[1])
+    inputs = batch(rows, 48)
+
+    def products(remat: bool) -> int:
+        graph, _ = qwen2_5_vl.abstract(dataclasses.replace(CONFIG, remat=remat))
+
+        def loss(params):
+            return qwen2_5_vl.forward(graph, params, inputs, features=features).logits.sum()
+
+        return jax.jit(jax.grad(loss)).lower(apart).compile().as_text().count(" dot(")
+
+    assert products(remat=True) >= products(remat=False) + 2 * 7  # two layers of seven kernels
