@@ -22,6 +22,7 @@ from mmsr_jax.engine import state as state_lib
 from mmsr_jax.engine import steps
 from mmsr_jax.inputs import layout
 from mmsr_jax.inputs.pictures import check_rows, picture_batches
+from mmsr_jax.model import qwen2_5_vl as qwen
 from mmsr_jax.types import Picture, Tokens
 
 
@@ -87,6 +88,7 @@ class Engine:
         mesh: rollout mesh of this host's devices, None for the default device.
         """
         self.graph, self.model, self.config = graph, model, config
+        self._apart = mesh is None and jax.default_backend() == "cpu"
         self.eos_ids = tuple(int(i) for i in eos_ids)
         self.params = None
         self.counters = {
@@ -109,8 +111,11 @@ class Engine:
         self._pool_used = 0
 
     def set_params(self, params) -> None:
-        """Takes new weights. Features of pictures belong to the old ones and are forgotten."""
-        self.params = params
+        """Takes new weights. Features of pictures belong to the old ones and are forgotten.
+
+        On CPU layers are kept apart, in memory of their own: see `qwen2_5_vl.unstack`.
+        """
+        self.params = qwen.unstack(params) if self._apart else params
         self._pool.clear()
         self._pool_used = 0
 
