@@ -24,6 +24,7 @@ COMMANDS = {
     "view": "write report.html: curves, tables, trajectories with pictures",
     "data": "prepare a dataset, or look at one",
     "search": "use the search tools from the shell",
+    "bench": "measure speed beside what it is compared with",
 }
 
 HELP = f"""usage: mmsr COMMAND ...

@@ -1,0 +1,131 @@
+"""`mmsr bench`: measurements, each beside what it is compared with."""
+
+import json
+
+from mmsr_jax.cli.words import Parser
+
+EXAMPLE = "mmsr bench model --size m100"
+
+
+def run(words: list[str]) -> None:
+    """Prints a table, or with --json one object, of one of the MEASUREMENTS."""
+    given = parser().parse(words)
+    measure, show = MEASUREMENTS[given.what][1:]
+    record = measure(given)
+    if given.json:
+        print(json.dumps(record))
+    else:
+        show(record)
+
+
+def parser() -> Parser:
+    made = Parser("mmsr bench", "Measures speed, and says beside what.", EXAMPLE)
+    names = "|".join(MEASUREMENTS)
+    what = made.add_subparsers(dest="what", metavar=names, required=True)
+    for add, *_ in MEASUREMENTS.values():
+        add(what).add_argument("--json", action="store_true", help="one JSON object, no table")
+    return made
+
+
+def _model_parser(what) -> Parser:
+    made = what.add_parser(
+        "model",
+        prog="mmsr bench model",
+        description="Forward, forward + backward and cached decoding, by turns with transformers "
+        "on torch on the same weights, after their numbers have been compared; and the share of "
+        "what the device can do (a matrix product, reading memory).",
+        example=EXAMPLE + " --inputs small --rows 1 4 --json",
+    )
+    made.add_argument(
+        "--size", default="m100", help="m100, tiny, 3b, 7b (random weights) or a checkpoint folder"
+    )
+    made.add_argument("--dtype", default="", help="default: float32 on CPU, else bfloat16")
+    made.add_argument(
+        "--inputs", nargs="+", default=["small", "med"], help="some of small, med, large"
+    )
+    made.add_argument(
+        "--parts",
+        nargs="+",
+        default=["forward", "backward", "decode"],
+        help="some of forward, backward, decode",
+    )
+    made.add_argument(
+        "--rows", nargs="+", type=int, default=[1, 4], help="rows decoded at once (default: 1 4)"
+    )
+    made.add_argument("--tokens", type=int, default=32, help="tokens of one decoding run")
+    made.add_argument("--runs", type=int, default=10, help="runs of each side (default: 10)")
+    made.add_argument("--peer", default="torch", help="torch, or none: ours against the floors")
+    made.add_argument(
+        "--layers",
+        default="apart",
+        help="apart: unrolled; stacked: one loop over stacked weights, as in training",
+    )
+    made.add_argument("--remat", action="store_true", help="recompute layers going backward")
+    return made
+
+
+def _model(given) -> dict:
+    from mmsr_jax.bench import model
+
+    return model.run(
+        model.Options(
+            size=given.size,
+            dtype=given.dtype,
+            inputs=tuple(given.inputs),
+            parts=tuple(given.parts),
+            rows=tuple(given.rows),
+            tokens=given.tokens,
+            runs=given.runs,
+            peer=given.peer,
+            layers=given.layers,
+            remat=given.remat,
+        )
+    )
+
+
+def _show_model(record: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, cases = Console(), record["cases"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    console.print(
+        f"{record['size']}: {record['parameters'] / 1e6:.2f} M parameters, {record['dtype']}, on "
+        f"{record['device']}, {record['threads']} threads, {record['date']}\n{versions}\n"
+        f"layers {record['layers']}, attention {record['attention']}, "
+        f"{'recomputed' if record['remat'] else 'activations kept'} in the backward pass\n"
+        f"a matrix product here: {record['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s; "
+        f"memory: {record['memory_bytes_per_s'] / 1e9:.1f} GB/s\n"
+        f"peer: {record['peer'] or 'none'}",
+        highlight=False,
+    )
+    inputs = {
+        case["input"]: f"{case['tokens']} tokens, {case['patches']} patches" for case in cases
+    }
+    console.print("; ".join(f"{name}: {size}" for name, size in inputs.items()), highlight=False)
+    title = "milliseconds: minimum (median); of decoding, one step of all rows"
+    table = Table(title=title, title_justify="left", box=None)
+    columns = ("", "input", "ours", "peer", "ratio", "floor", "of floor", "compile s")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < 2 else "right", no_wrap=number < 2)
+    for case in cases:
+        peer = case.get("peer")
+        table.add_row(
+            case["what"],
+            case["input"],
+            _milliseconds(case["ours"]),
+            _milliseconds(peer) if peer else "",
+            f"{case['ratio']:.2f}" if peer else "",
+            f"{case['floor_ms']:.1f}",
+            f"{case['of_floor']:.0%}",
+            f"{case['compile_s']:.1f}",
+        )
+    console.print(table)
+
+
+def _milliseconds(times: dict) -> str:
+    return f"{times['min_ms']:.1f} ({times['median_ms']:.1f})"
+
+
+# name: (adds its parser, measures, prints the table)
+MEASUREMENTS = {"model": (_model_parser, _model, _show_model)}
