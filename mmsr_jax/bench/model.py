@@ -51,6 +51,7 @@ class Options:
     peer: str = "torch"  # or "none"
     layers: str = "apart"  # or "stacked", see qwen2_5_vl.unstack
     remat: bool = False  # recompute in the backward pass; torch does not
+    attention: str = "auto"  # ModelConfig.attention
 
     def __post_init__(self):
         if self.dtype not in ("", "float32", "bfloat16"):
@@ -95,7 +96,6 @@ def run(options: Options) -> dict:
         "threads": threads(),
         "versions": _versions(),
         "peer": None if peer is None else f"transformers on torch, {peer.device}, sdpa",
-        "attention": "xla",
         "layers": options.layers,
         "remat": options.remat,
         "matrix_flops_per_s": best.flops,
@@ -107,7 +107,8 @@ def run(options: Options) -> dict:
 @contextlib.contextmanager
 def _sides(options: Options, dtype: str) -> Iterator[tuple[Ours, Peer | None]]:
     """Both, on the same weights; random ones go to the peer through a folder."""
-    kinds = {"dtype": dtype, "param_dtype": dtype, "remat": options.remat}
+    kinds = {name: getattr(options, name) for name in ("remat", "attention")}
+    kinds |= {"dtype": dtype, "param_dtype": dtype}
     with contextlib.ExitStack() as stack:
         if options.size in SIZES:
             config = dataclasses.replace(SIZES[options.size], **kinds)
@@ -209,11 +210,14 @@ class _Cases:
         return interleave(functions, self.options.runs)
 
     def _case(self, work, what, seconds, times, agreement, per: int = 1) -> dict:
+        cached = {"cache": "xla"}  # attend_cached is the only one
+        attention = cached if what.startswith("decode") else self.ours.attention(work)
         case = {
             "what": what,
             "input": work.name,
             "tokens": work.ids.shape[1],
             "patches": len(work.patches),
+            "attention": attention,
             "compile_s": seconds,
             "ours": times["ours"].record(per),
             **agreement,

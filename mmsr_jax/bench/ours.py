@@ -9,7 +9,9 @@ import numpy as np
 
 from mmsr_jax.bench.workload import Workload
 from mmsr_jax.model import qwen2_5_vl as qwen
+from mmsr_jax.model.attention import choose
 from mmsr_jax.model.config import ModelConfig
+from mmsr_jax.parallel.rules import TRAIN_RULES, Placement
 
 
 class Ours:
@@ -79,6 +81,29 @@ class Ours:
             return np.asarray(chosen)
 
         return once, seconds
+
+    def attention(self, work: Workload) -> dict[str, str]:
+        """Which implementation serves the row, whole frames and windows; decoding has its own."""
+        config, vision, place = self.config, work.inputs.vision, Placement(None, TRAIN_RULES)
+        lengths = {
+            "text": (work.ids.shape[1], config.text.head_dim),
+            "frames": (vision.frames.shape[1], config.vision.head_dim),
+            "windows": (vision.windows.shape[1], config.vision.head_dim),
+        }
+        return {
+            what: choose.choose(
+                config.attention,
+                choose.Case(
+                    platform=choose.platform_of(place),
+                    dtype=config.dtype,
+                    head_dim=head_dim,
+                    length=length,
+                    causal=what == "text",
+                    capability=choose.capability_of(place),
+                ),
+            )
+            for what, (length, head_dim) in lengths.items()
+        }
 
     def _prefill(self, params, inputs, cache):
         out = qwen.forward(self.graph, params, inputs, cache, logits=False)

@@ -60,6 +60,9 @@ def _model_parser(what) -> Parser:
         default="apart",
         help="apart: unrolled; stacked: one loop over stacked weights, as in training",
     )
+    made.add_argument(
+        "--attention", default="auto", help="auto (default), xla, cudnn, triton or splash"
+    )
     made.add_argument("--remat", action="store_true", help="recompute layers going backward")
     return made
 
@@ -79,6 +82,7 @@ def _model(given) -> dict:
             peer=given.peer,
             layers=given.layers,
             remat=given.remat,
+            attention=given.attention,
         )
     )
 
@@ -88,11 +92,12 @@ def _show_model(record: dict) -> None:
     from rich.table import Table
 
     console, cases = Console(), record["cases"]
+    attention = {name for case in cases for name in case["attention"].values()}
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     console.print(
         f"{record['size']}: {record['parameters'] / 1e6:.2f} M parameters, {record['dtype']}, on "
         f"{record['device']}, {record['threads']} threads, {record['date']}\n{versions}\n"
-        f"layers {record['layers']}, attention {record['attention']}, "
+        f"layers {record['layers']}, attention {', '.join(sorted(attention))}, "
         f"{'recomputed' if record['remat'] else 'activations kept'} in the backward pass\n"
         f"a matrix product here: {record['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s; "
         f"memory: {record['memory_bytes_per_s'] / 1e9:.1f} GB/s\n"
@@ -127,5 +132,35 @@ def _milliseconds(times: dict) -> str:
     return f"{times['min_ms']:.1f} ({times['median_ms']:.1f})"
 
 
+def _load_parser(what) -> Parser:
+    made = what.add_parser(
+        "load",
+        prog="mmsr bench load",
+        description="Random weights in bfloat16, from files onto a CPU mesh: seconds and peak "
+        "memory, beside merely reading the same files.",
+        example="mmsr bench load --preset 3b --devices 4 --tensor 2",
+    )
+    made.add_argument("--preset", default="3b", help="whose sizes (default: 3b)")
+    made.add_argument("--devices", type=int, default=4, help="of the mesh (default: 4)")
+    made.add_argument("--tensor", type=int, default=1, help="size of its tensor axis (default: 1)")
+    made.add_argument("--folder", help="where the files may lie (default: the system's temporary)")
+    return made
+
+
+def _load(given) -> dict:
+    from mmsr_jax.bench import load
+
+    return load.run(given.preset, given.devices, tensor=given.tensor, folder=given.folder)
+
+
+def _show_load(record: dict) -> None:
+    from mmsr_jax.bench import load
+
+    print(load.table(record))
+
+
 # name: (adds its parser, measures, prints the table)
-MEASUREMENTS = {"model": (_model_parser, _model, _show_model)}
+MEASUREMENTS = {
+    "model": (_model_parser, _model, _show_model),
+    "load": (_load_parser, _load, _show_load),
+}

@@ -48,6 +48,7 @@ def test_every_case_agrees_with_the_original_and_has_its_figures(capsys):
         assert case["ratio"] == pytest.approx(case["peer"]["min_ms"] / case["ours"]["min_ms"])
         assert case["of_floor"] == pytest.approx(case["floor_ms"] / case["ours"]["min_ms"])
     forward, backward, one, three = cases
+    assert forward["attention"] == {"text": "xla", "frames": "xla", "windows": "xla"}
     assert forward["max_difference"] < 2e-5 and backward["relative_difference"] < 1e-4
     assert backward["flops"] == 3 * forward["flops"]
     assert forward["flops_per_s"] == pytest.approx(
@@ -95,6 +96,7 @@ def test_other_tokens_are_not_timed(monkeypatch, capsys):
         (["--peer", "vllm"], "peer 'vllm' is none of torch, none"),
         (["--layers", "mixed"], "layers 'mixed' is none of apart, stacked"),
         (["--runs", "0"], "must be at least 1"),
+        (["--size", "tiny", "--attention", "flash"], "attention 'flash' is none of auto, xla"),
     ],
 )
 def test_mistakes_end_in_one_line(words, said, capsys):
