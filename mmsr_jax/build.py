@@ -92,7 +92,7 @@ class Job:
     def model(self) -> ModelConfig:
         """The sizes of `weights`, or else the config's, with the tokenizer's ids.
 
-        What is computed in (dtype, param_dtype, remat) is the experiment's in either case.
+        How it computes (dtype, param_dtype, remat, attention) is the experiment's in either case.
 
         Raises:
           ValueError: a tokenizer that does not belong to the model.
@@ -134,8 +134,9 @@ class Job:
                     "the one that belongs to the weights"
                 )
         return dataclasses.replace(
-            found, dtype=asked.dtype, param_dtype=asked.param_dtype, remat=asked.remat
-        )
+            found, dtype=asked.dtype, param_dtype=asked.param_dtype, remat=asked.remat,
+            attention=asked.attention,
+        )  # fmt: skip
 
     @functools.cached_property
     def mesh(self):
@@ -181,10 +182,10 @@ class Job:
         """All weights, given what is trained. Nothing is copied."""
         return state_lib.whole(params, self.base)
 
-    def merged(self, params):
-        """All weights as a model without adapters: what a full export holds."""
+    def merged(self, params, dtype: str | None = None):
+        """All weights as a model without adapters, merged kernels in `dtype`: a full export."""
         lora = self.experiment.lora
-        return params if lora is None else lora_lib.merge(self.whole(params), lora)
+        return params if lora is None else lora_lib.merge(self.whole(params), lora, dtype)
 
     def fixed(self, transform) -> Fixed:
         """What the updates of a stage share."""
@@ -238,12 +239,15 @@ class Job:
         """LoRA's frozen weights as the engine has them, laid out once."""
         if self.base is None:
             return None
-        return self._laid_out(self.base, lora_lib.split(self._rollout[1])[0])
+        base = self._laid_out(self.base, lora_lib.split(self._rollout[1])[0])
+        return qwen.unstack(base) if self.engine.apart else base
 
     def sync(self, params) -> None:
         """Gives the engine what was trained, laid out for rollouts, on the base it knows."""
         shapes = self._rollout[1] if self.base is None else lora_lib.split(self._rollout[1])[1]
         params = self._laid_out(params, shapes)
+        if self.base is not None and self.engine.apart:
+            params = qwen.unstack(params)  # as the base is, so that the two can be joined
         self.engine.set_params(state_lib.whole(params, self._rollout_base))
 
     def _laid_out(self, params, shapes):

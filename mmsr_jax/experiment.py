@@ -64,7 +64,8 @@ class Experiment:
     seed: int = 0
     stages: tuple[Stage, ...] = ("sft", "grpo", "eval")
     # Folder or hub id of the checkpoint that training starts from; empty: random weights. The
-    # sizes are then those of its config.json; of `model` only dtype, param_dtype and remat count.
+    # sizes are then those of its config.json; of `model` only dtype, param_dtype,
+    # remat and attention count.
     weights: str = ""
     model: ModelConfig = preset("tiny")
     lora: LoRAConfig | None = None  # None: all weights are trained
@@ -136,6 +137,32 @@ def save(experiment: Experiment, workdir: pathlib.Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(experiment.to_json())
+
+
+def check_weights(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """Whether the weights in a run's folder are those of this experiment.
+
+    How they are computed with (dtype, remat, attention), asked and judged may differ.
+
+    Raises:
+      ValueError: the run's sizes, tokenizer, starting weights or adapter are others; the message
+        names the fields.
+    """
+    run = read(workdir)
+    free = {"model.dtype", "model.param_dtype", "model.remat", "model.attention"}
+    # The base of an adapter on random weights is made again from the seed.
+    seed = ("seed",) if run.lora is not None and not run.weights else ()
+    old, new = json.loads(run.to_json()), json.loads(experiment.to_json())
+    differing = {
+        where
+        for name in ("weights", "model", "tokenizer", "lora", *seed)
+        for where in _differences(old[name], new[name], name)
+    } - free
+    if differing:
+        raise ValueError(
+            f"the weights in {workdir} are of a run with other settings "
+            f"({', '.join(sorted(differing)[:5])}): give the same flags as in training"
+        )
 
 
 def _differences(old, new, where: str = "") -> list[str]:

@@ -88,7 +88,7 @@ class Engine:
         mesh: rollout mesh of this host's devices, None for the default device.
         """
         self.graph, self.model, self.config = graph, model, config
-        self._apart = mesh is None and jax.default_backend() == "cpu"
+        self.apart = mesh is None and jax.default_backend() == "cpu"
         self.eos_ids = tuple(int(i) for i in eos_ids)
         self.params = None
         self.counters = {
@@ -115,7 +115,7 @@ class Engine:
 
         On CPU layers are kept apart, in memory of their own: see `qwen2_5_vl.unstack`.
         """
-        self.params = qwen.unstack(params) if self._apart else params
+        self.params = qwen.unstack(params) if self.apart else params
         self._pool.clear()
         self._pool_used = 0
 

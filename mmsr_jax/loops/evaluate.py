@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from mmsr_jax import experiment as experiment_lib
 from mmsr_jax.agent.rollout import Ask, rollout
 from mmsr_jax.build import Job
 from mmsr_jax.evaluation import metrics, policies
@@ -46,7 +47,8 @@ def command(experiment: Experiment, workdir: pathlib.Path, workflows: tuple[str,
     the table and writes it to `eval.json` under the workflow's name.
 
     Raises:
-      ValueError: an unknown workflow, or a folder without a checkpoint.
+      ValueError: an unknown workflow, a folder without a checkpoint, or one whose weights are not
+        this experiment's.
     """
     config = experiment.evaluation
     forced = {
@@ -56,6 +58,7 @@ def command(experiment: Experiment, workdir: pathlib.Path, workflows: tuple[str,
     }
     if unknown := [name for name in workflows if name not in forced]:
         raise ValueError(f"unknown workflow {unknown[0]!r}; there are {', '.join(forced)}")
+    experiment_lib.check_weights(experiment, workdir)
     job = Job(experiment, workdir)
     try:
         job.sync(job.newest_params())

@@ -32,7 +32,12 @@ def command(workdir: pathlib.Path, out: pathlib.Path, dtype: str, adapter: bool 
     experiment = experiment_lib.read(workdir)
     if adapter and experiment.lora is None:
         raise ValueError(f"{workdir} trained all weights, not an adapter: leave --adapter out")
-    check_target(out)  # before the weights are read
+    if adapter and not experiment.weights:
+        raise ValueError(
+            f"the adapter of {workdir} stands on random weights that nobody else has: "
+            "leave --adapter out, and it is merged in"
+        )
+    (peft.check_target if adapter else check_target)(out)  # before the weights are read
     # The run's mesh may be of another machine: any layout over what is here will do.
     job = Job(dataclasses.replace(experiment, mesh=MeshConfig()), workdir)
     try:
@@ -43,7 +48,7 @@ def command(workdir: pathlib.Path, out: pathlib.Path, dtype: str, adapter: bool 
             return
         with tempfile.TemporaryDirectory() as beside:
             write_beside(job, pathlib.Path(beside))
-            hf.save(job.merged(params), job.model, out, source=beside, dtype=dtype)
+            hf.save(job.merged(params, dtype), job.model, out, source=beside, dtype=dtype)
     finally:
         job.close()
 

@@ -196,10 +196,14 @@ def split(params: dict) -> tuple[dict, dict]:
     """(base, adapter) of a tree with both: new dicts around the same leaves."""
     base, adapter = {}, {}
     for name, node in params.items():
-        if not isinstance(node, dict):
+        if isinstance(node, tuple):  # layers kept apart
+            halves = [split(layer) for layer in node]
+            below, own = (tuple(half) if any(half) else () for half in zip(*halves, strict=True))
+        elif isinstance(node, dict):
+            below, own = split(node)
+        else:
             (adapter if name in (A, B) else base)[name] = node
             continue
-        below, own = split(node)
         if below:
             base[name] = below
         if own:
@@ -212,15 +216,20 @@ def join(base: dict, adapter: dict) -> dict:
     out = dict(base)
     for name, node in adapter.items():
         below = out.get(name)
-        out[name] = join(below or {}, node) if isinstance(node, dict) else node
+        if isinstance(node, tuple):  # layers kept apart
+            out[name] = tuple(join(*both) for both in zip(below, node, strict=True))
+        else:
+            out[name] = join(below or {}, node) if isinstance(node, dict) else node
     return out
 
 
-def merge(params: dict, lora: LoRAConfig) -> dict:
+def merge(params: dict, lora: LoRAConfig, dtype: str | None = None) -> dict:
     """Base parameters with W + alpha / rank * A B in place of W, added in float32.
 
     Args:
         params: base and adapter joined.
+        dtype: of the sums; None is the kernel's own. Small changes of a bfloat16 kernel survive in
+            float32 only.
 
     Returns: a tree without adapters; leaves that had none are the same objects.
     """
@@ -234,7 +243,7 @@ def merge(params: dict, lora: LoRAConfig) -> dict:
                 out[name] = child
         if A in node:
             kernel = node["kernel"]
-            merger = _merger(lora.scale, stacked, kernel.sharding)
+            merger = _merger(lora.scale, stacked, dtype or kernel.dtype.name, kernel.sharding)
             out["kernel"] = merger(kernel, node[A], node[B])
         return out
 
@@ -242,14 +251,14 @@ def merge(params: dict, lora: LoRAConfig) -> dict:
 
 
 @functools.lru_cache(maxsize=64)
-def _merger(scale: float, stacked: bool, sharding):
+def _merger(scale: float, stacked: bool, dtype: str, sharding):
     """jit of (kernel, A, B) -> merged kernel, laid out by `sharding`."""
 
     def one(each):
         kernel, a, b = (x.astype(jnp.float32) for x in each)
         rank = a.shape[-1]
         delta = jnp.dot(a.reshape(-1, rank), b.reshape(rank, -1), precision="highest")
-        return (kernel + scale * delta.reshape(kernel.shape)).astype(each[0].dtype)
+        return (kernel + scale * delta.reshape(kernel.shape)).astype(dtype)
 
     # Layer by layer: a whole stack in float32 may be several times a device's free memory.
     def whole(*each):

@@ -159,6 +159,8 @@ def unstack(params: dict) -> dict:
     """
     towers = {}
     for tower in ("text", "vision"):
+        if "layers" not in params.get(tower, {}):  # an adapter of the other tower
+            continue
         layers = params[tower]["layers"]
         if not isinstance(layers, tuple):
             layers = _apart(layers, jax.tree.leaves(layers)[0].shape[0])

@@ -67,7 +67,11 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
     """Clip, AdamW, schedule. Vectors (norms, biases) are not decayed."""
 
     def decayed(params):
-        return jax.tree.map(lambda p: p.ndim > 1, params)
+        # By name: norms and biases of stacked layers have more than one axis, too.
+        def matrix(path, _):
+            return path[-1].key in ("kernel", "table", "lora_a", "lora_b")
+
+        return jax.tree_util.tree_map_with_path(matrix, params)
 
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),

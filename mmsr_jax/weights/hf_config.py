@@ -50,6 +50,12 @@ def read(folder: pathlib.Path | str) -> ModelConfig:
         raise ValueError(f"{path} does not say {' or '.join(names)}")
 
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "mrope"):
+        raise ValueError(
+            f"{path} asks for {kind!r} scaling of rotary positions, which is not built here: "
+            "logits would differ at every position; take the config without it"
+        )
     if text.get("use_sliding_window"):
         raise ValueError(f"{path} asks for sliding windows, which no published size uses")
     for record in (text, vision):

@@ -56,7 +56,7 @@ def save(
     described = hf_config.flat(config, dtype)
     shapes = qwen2_5_vl.abstract(config)[1]
     _check(params, shapes)
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(f".{folder.name}.mmsr-partial")
     _remove(partial)  # of an export that was killed
     partial.mkdir(parents=True)
     try:
@@ -116,11 +116,16 @@ def _strangers(folder: pathlib.Path) -> list[str]:
 
 def _replace(folder: pathlib.Path, new: pathlib.Path) -> None:
     """Put `new` where `folder` is; the old one goes when the new one stands."""
-    old = folder.with_name(f".{folder.name}.old")
+    old = folder.with_name(f".{folder.name}.mmsr-old")
     _remove(old)
     if folder.exists():
         folder.rename(old)
-    new.rename(folder)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        raise
     _remove(old)
 
 

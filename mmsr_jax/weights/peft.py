@@ -63,7 +63,7 @@ def save(
         dtype: of the tensors on disk.
 
     Raises:
-        ValueError: the adapter is not the one of `config` and `lora`.
+        ValueError: the adapter is not the one of `config` and `lora`; a folder in the way.
     """
     adapter = lora_lib.split(params)[1]
     chosen = lora_lib.targeted(config, lora)
@@ -81,9 +81,35 @@ def save(
                 matrix = _to_torch(own, kind, lora.rank).astype(jnp.dtype(dtype))
                 tensors[f"{PREFIX}{name}.{published}.weight"] = np.ascontiguousarray(matrix)
     folder = pathlib.Path(folder)
+    check_target(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    # Each file is whole or not there; an adapter without its config is none.
+    (folder / CONFIG).unlink(missing_ok=True)
+    partial = folder / f"{TENSORS}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / TENSORS)
     (folder / CONFIG).write_text(json.dumps(_peft_config(chosen, lora, base_name), indent=2) + "\n")
+
+
+def check_target(folder: pathlib.Path) -> None:
+    """Whether an adapter may be written to `folder`.
+
+    Beside a whole model transformers would put the adapter on top of it, a second time if it is
+    merged in already.
+
+    Raises:
+        ValueError: a file, or a folder with anything in it but an adapter.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; an adapter is a folder")
+    own = {CONFIG, TENSORS, f"{TENSORS}.partial"}
+    if strangers := sorted(path.name for path in folder.iterdir() if path.name not in own):
+        raise ValueError(
+            f"{folder} is neither empty nor an earlier adapter: it holds "
+            f"{', '.join(strangers[:5])}; choose another folder, or delete it"
+        )
 
 
 def _peft_config(chosen: tuple[Module, ...], lora: LoRAConfig, base_name: str) -> dict:

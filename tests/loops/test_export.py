@@ -15,6 +15,7 @@ from mmsr_jax.build import Job
 from mmsr_jax.cli.main import main
 from mmsr_jax.experiment import Experiment, TokenizerConfig, save
 from mmsr_jax.inputs import chat, images, layout
+from mmsr_jax.loops import evaluate
 from mmsr_jax.model import lora as lora_lib
 from mmsr_jax.model import qwen2_5_vl as qwen
 from mmsr_jax.model.config import preset
@@ -135,9 +136,10 @@ def test_the_next_run_starts_from_it(exported, run, tmp_path):
     job = Job(later, tmp_path)
     assert job.model == first.model
     jax.tree.map(np.testing.assert_array_equal, job.fresh_params(), params)
-    half = dataclasses.replace(later.model, dtype="bfloat16", remat=False)
+    asked = {"dtype": "bfloat16", "remat": False, "attention": "xla"}
+    half = dataclasses.replace(later.model, **asked)
     job = Job(dataclasses.replace(later, model=half), tmp_path)
-    assert job.model == dataclasses.replace(first.model, dtype="bfloat16", remat=False)
+    assert job.model == dataclasses.replace(first.model, **asked)
     # What goes with the weights is carried over to the next export.
     (exported / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     from mmsr_jax.loops import export
@@ -184,6 +186,17 @@ def test_a_run_with_lora_is_exported_merged_or_as_an_adapter(run, exported, tmp_
     jax.tree.map(np.testing.assert_array_equal, read, adapter)
     settings = json.loads((alone / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(exported)
+    # Again is fine; beside the merged model the adapter would be applied twice.
+    assert main(["export", str(workdir), str(alone), "--adapter"]) == 0
+    assert main(["export", str(workdir), str(whole), "--adapter"]) == 2
+    assert main(["export", str(workdir), str(alone)]) == 2
+    assert sorted(path.name for path in alone.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    # Numbers of another adapter than the run's would be wrong without a word.
+    other = dataclasses.replace(experiment, lora=dataclasses.replace(lora, alpha=3.0))
+    with pytest.raises(ValueError, match=r"other settings \(lora.alpha\)"):
+        evaluate.command(other, workdir, ("on_demand",))
 
 
 def test_mistakes_end_in_one_line(run, exported, tmp_path, capsys):

@@ -137,6 +137,7 @@ def a_case(platform="tpu", dtype="bfloat16", head_dim=128, length=4096, causal=T
         ("xla", a_case("gpu", "float32")),
         ("cudnn", a_case("gpu", capability="12.0")),
         ("xla", a_case("gpu", capability="7.5")),
+        ("xla", a_case("gpu", capability="gfx90a")),
     ],
 )
 def test_auto_chooses_by_platform_and_shape(name, which):
@@ -153,6 +154,7 @@ def test_what_is_asked_for_is_taken_or_refused():
         ("cudnn", a_case("gpu", "float32"), "the model's dtype is float32"),
         ("cudnn", a_case("gpu", head_dim=36), "multiple of 8 up to 128 wide, they are 36"),
         ("triton", a_case("gpu", capability="7.5"), "capability 8.0 .Ampere., this GPU has 7.5"),
+        ("cudnn", a_case("gpu", capability="gfx90a"), "written for CUDA, this GPU is gfx90a"),
         ("triton", a_case("gpu", head_dim=512), "up to 256 wide, they are 512"),
     ]:
         with pytest.raises(ValueError, match=f"attention='{wanted}'.*{reason}.*'auto'"):

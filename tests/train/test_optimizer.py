@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from mmsr_jax.model import qwen2_5_vl
+from mmsr_jax.model.config import preset
 from mmsr_jax.train import state as state_lib
 from mmsr_jax.train import step
 from mmsr_jax.train.optimizer import OptimizerConfig, optimizer, schedule
@@ -72,6 +74,20 @@ def test_one_update_by_hand():
     # What Adam remembers is the gradient cut to norm 1.
     momentum = optax.tree_utils.tree_get(new.opt_state, "mu")
     np.testing.assert_allclose(momentum["scale"], [0, 0.1 * -12 / 13], rtol=1e-5)
+
+
+def test_norms_and_biases_of_stacked_layers_do_not_decay():
+    """They have an axis more than a lone one, as matrices have."""
+    params = jax.tree.map(
+        lambda s: jnp.ones(s.shape, s.dtype), qwen2_5_vl.abstract(preset("tiny"))[1]
+    )
+    transform = optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 9)
+    still = jax.tree.map(jnp.zeros_like, params)
+    moved, _ = transform.update(still, transform.init(params), params)
+    for path, step_of in jax.tree_util.tree_leaves_with_path(moved):
+        decays = path[-1].key in ("kernel", "table")
+        assert decays == bool(np.any(np.asarray(step_of) != 0)), jax.tree_util.keystr(path)
+    assert moved["text"]["layers"]["attention"]["q"]["bias"].ndim == 3
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -210,6 +210,10 @@ def test_files_that_are_not_there(broken):
         ({"quantization_config": {"quant_method": "awq"}}, r"quantised \(awq\)"),
         ({"hidden_size": None}, "does not say hidden_size"),
         ({"use_sliding_window": True}, "sliding windows"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}},
+            "'yarn' scaling of rotary positions",
+        ),
         ({"num_key_value_heads": 3}, "4 heads do not divide by 3 kv_heads"),
     ],
 )
@@ -263,7 +267,7 @@ def test_an_export_that_fails_leaves_what_was_there(plain, broken, monkeypatch):
     assert contents(broken) == before
     assert [path.name for path in broken.parent.iterdir()] == [broken.name]
     # What a killed export left behind is cleared away by the next one.
-    partial = broken.with_name("broken.partial")
+    partial = broken.with_name(".broken.mmsr-partial")
     partial.mkdir()
     (partial / "model-00001-of-00002.safetensors").write_bytes(b"half")
     hf.save(plain.params(), plain.model, broken)

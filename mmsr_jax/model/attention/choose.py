@@ -65,6 +65,8 @@ def _xla(case: Case) -> str | None:
 def _gpu(case: Case) -> str | None:
     if case.platform != "gpu":
         return f"it runs on GPU, and this program is for {case.platform}"
+    if case.capability.startswith("gfx"):
+        return f"it is written for CUDA, this GPU is {case.capability}"
     if case.capability and float(case.capability) < 8:
         return f"it needs compute capability 8.0 (Ampere), this GPU has {case.capability}"
     return None
