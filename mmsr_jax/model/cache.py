@@ -1,30 +1,66 @@
-"""Keys and values of the tokens seen so far, one line of slots per row."""
+"""Keys and values of the tokens seen so far, in pages that rows refer to by number.
+
+A row is a table of pages: token s of row b lies in slot s % S of page tables[b, s // S]. Which page
+belongs to whom is data, so nothing compiles anew when rows come, go, or share a page; and rows that
+say different things after the same prompt hold that prompt once.
+
+Letters: `L` layers, `P` pages of a layer, `S` slots a page, `K` key-value heads, `H` head size,
+`B` rows, `M` pages a row at most, `T` new tokens.
+"""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+PAGE = 32  # slots a page, unless somebody says otherwise
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Slot s of row b holds the row's s-th token; slots from `lengths[b]` on are free."""
+    """A pool of pages, and the rows that read and write it now.
 
-    k: jax.Array  # [L, B, S, K, H]
-    v: jax.Array  # [L, B, S, K, H]
-    lengths: jax.Array  # [B] int32
+    One array holds all layers, page p of layer l at l * P + p, and a head's key and value next to
+    each other: what `ragged_paged_attention` on TPU reads, without cutting a layer out of a stack.
+    """
+
+    kv: jax.Array  # [L * P, S, 2 * K, H], keys at even places, values at odd ones
+    tables: jax.Array  # [B, M] int32 pages of each row; beyond its length any valid number
+    lengths: jax.Array  # [B] int32 tokens of each row that are in the pool
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a row can hold."""
+        return self.tables.shape[1] * self.kv.shape[1]
 
 
-def target_slots(lengths: jax.Array, segments: jax.Array, slots: int) -> jax.Array:
-    """[B, T] slot of each new token; padding (segment 0) gets slots past the end: dropped."""
-    steps = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    return jnp.where(segments > 0, lengths[:, None] + steps, slots + steps)
+def places(cache: Cache, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Page (within a layer) and slot of each new token, both [B, T].
+
+    Padding (segment 0) and what is past a row's last slot get a negative page: see `write`.
+    """
+    size, total = cache.kv.shape[1], cache.slots
+    at = cache.lengths[:, None] + jnp.arange(segments.shape[1], dtype=jnp.int32)
+    page = jnp.take_along_axis(cache.tables, jnp.minimum(at, total - 1) // size, axis=1)
+    return jnp.where((segments > 0) & (at < total), page, -1), at % size
 
 
-def write(store: jax.Array, layer: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
-    """Put new [B, T, K, H] into store [L, B, S, K, H] at (layer, row, slots [B, T])."""
-    rows = jnp.arange(new.shape[0])[:, None]
-    return store.at[layer, rows, slots].set(
-        new.astype(store.dtype), mode="drop", unique_indices=True
-    )
+def write(kv: jax.Array, first: jax.Array, page, slot, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Puts k, v [B, T, K, H] of the layer whose pages start at `first` to their `places`."""
+    rows, length, heads, size = k.shape
+    new = jnp.stack([k, v], axis=3).reshape(rows, length, 2 * heads, size).astype(kv.dtype)
+    # A negative index would count from the end: past the end it is dropped.
+    index = jnp.where(page < 0, kv.shape[0], first + page)
+    return kv.at[index, slot].set(new, mode="drop", unique_indices=False)
+
+
+def copy_pages(kv: jax.Array, layers: int, source: jax.Array, target: jax.Array) -> jax.Array:
+    """Pages `target` [C] become copies of pages `source` [C] in every layer.
+
+    A target of P (past the end) marks an entry that is not used.
+    """
+    pages = kv.shape[0] // layers
+    by_layer = kv.reshape(layers, pages, *kv.shape[1:])
+    moved = jnp.take(by_layer, source, axis=1, mode="clip")
+    return by_layer.at[:, target].set(moved, mode="drop").reshape(kv.shape)

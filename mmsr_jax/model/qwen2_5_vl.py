@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mmsr_jax.model import lora as lora_lib
-from mmsr_jax.model.cache import Cache
+from mmsr_jax.model.cache import PAGE, Cache
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.model.text import TextModel
 from mmsr_jax.model.vision import VisionInputs, VisionModel
@@ -33,6 +33,7 @@ __all__ = [
     "forward",
     "init",
     "init_cache",
+    "init_pages",
     "unembed",
     "unstack",
 ]
@@ -137,16 +138,35 @@ def init_cache(
     slots: int,
     mesh: Mesh | None = None,
     rules: Rules = ROLLOUT_RULES,
+    page: int = PAGE,
 ) -> Cache:
-    """An empty cache of `slots` tokens for each of `batch` rows."""
-    text, place = config.text, Placement(mesh, rules)
-    shape = (text.layers, batch, slots, text.kv_heads, text.head_dim)
-    axes = ("layers", "batch", "length", "kv_heads", "head")
+    """An empty cache of `slots` tokens for each of `batch` rows, which share no pages."""
+    each = -(-slots // page)
+    tables = jnp.arange(batch * each, dtype=jnp.int32).reshape(batch, each)
     return Cache(
-        k=jnp.zeros(shape, config.dtype, device=place.of(axes, shape)),
-        v=jnp.zeros(shape, config.dtype, device=place.of(axes, shape)),
-        lengths=jnp.zeros((batch,), jnp.int32, device=place.of(("batch",), (batch,))),
+        kv=init_pages(config, batch * each, page, mesh, rules),
+        tables=tables,
+        lengths=jnp.zeros((batch,), jnp.int32),
     )
+
+
+def init_pages(
+    config: ModelConfig,
+    pages: int,
+    page: int = PAGE,
+    mesh: Mesh | None = None,
+    rules: Rules = ROLLOUT_RULES,
+) -> jax.Array:
+    """A pool of `pages` pages of `page` slots for every layer: [L * P, S, 2K, H] of zeros.
+
+    On a mesh heads are split, pages are not: any row may hold any page.
+    """
+    text, place = config.text, Placement(mesh, rules)
+    shape = (text.layers * pages, page, 2 * text.kv_heads, text.head_dim)
+    # A key and its value stay together: whole heads are split, or nothing.
+    whole = (text.layers * pages, page, text.kv_heads, text.head_dim)
+    sharding = place.of((None, "length", "kv_heads", "head"), whole)
+    return jnp.zeros(shape, config.dtype, device=sharding)
 
 
 def unstack(params: dict) -> dict:
@@ -207,7 +227,8 @@ def forward(
         inputs: the batch. When it has `vision`, its pictures are encoded here.
         cache: with it, row b's tokens with segments > 0 (they must come first in the row) go to
             the slots from `lengths[b]` on and attend to every slot up to their own; one sequence
-            a row. Tokens past the last slot are lost: the caller keeps count.
+            a row, though parts of it may sit in several rows with one table. Tokens past the last
+            slot are lost: the caller keeps count.
         features: image features [M, D] already encoded; then `inputs.vision` is not used.
         logits: False leaves the vocabulary out (see `unembed`).
     """

@@ -6,7 +6,7 @@ from flax import nnx
 
 from mmsr_jax.model import rope
 from mmsr_jax.model.attention import attend_cached, bind
-from mmsr_jax.model.cache import Cache, target_slots, write
+from mmsr_jax.model.cache import Cache, places, write
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.model.layers import Dense, Embedding, GatedMLP, RMSNorm
 from mmsr_jax.parallel.rules import Placement
@@ -158,27 +158,28 @@ class TextModel(nnx.Module):
 
     def _run_cached(self, x, turn, segments, cache, apart):
         graph, params = nnx.split(self.layers)
-        size = cache.k.shape[2]
-        slots = target_slots(cache.lengths, segments, size)
+        pages = cache.kv.shape[0] // self.config.text.layers
+        page, slot = places(cache, segments)
         own = cache.lengths[:, None] + jnp.arange(segments.shape[1], dtype=jnp.int32)
         grown = cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
         # Rows without a new token (paused ones) do not count, however long they are.
         reach = jnp.max(jnp.where(jnp.any(segments > 0, axis=1), grown, 0))
 
-        # The cache is a carry, not scanned inputs and outputs: those would be copied every token.
+        # The pool is a carry, not scanned inputs and outputs: those would be copied every token.
+        # All rows write before any reads, so that parts of one conversation may sit in several
+        # rows of one call.
         def body(carry, layer_params):
-            x, k_store, v_store, index = carry
+            x, kv, first = carry
             layer = nnx.merge(graph, layer_params)
             q, k, v = layer.before(x, *turn)
-            k_store = write(k_store, index, slots, k)
-            v_store = write(v_store, index, slots, v)
-            attended = attend_cached(q, k_store, v_store, index, own, reach)
-            return (layer.after(x, attended), k_store, v_store, index + 1), None
+            kv = write(kv, first, page, slot, k, v)
+            attended = attend_cached(q, kv, cache.tables, first, own, reach)
+            return (layer.after(x, attended), kv, first + pages), None
 
-        carry = (x, cache.k, cache.v, jnp.int32(0))
+        carry = (x, cache.kv, jnp.int32(0))
         if apart is None:
             carry, _ = jax.lax.scan(body, carry, params)
         for layer_params in apart or ():
             carry, _ = body(carry, layer_params)
-        x, k, v, _ = carry
-        return x, Cache(k=k, v=v, lengths=grown)
+        x, kv, _ = carry
+        return x, Cache(kv=kv, tables=cache.tables, lengths=grown)

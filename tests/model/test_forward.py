@@ -11,6 +11,7 @@ import pytest
 from mmsr_jax.inputs import layout
 from mmsr_jax.model import qwen2_5_vl
 from mmsr_jax.model.attention import attend, attend_cached
+from mmsr_jax.model.cache import copy_pages
 from mmsr_jax.model.config import preset
 from mmsr_jax.model.qwen2_5_vl import Inputs
 from mmsr_jax.types import Picture
@@ -143,12 +144,13 @@ def test_padding_writes_nothing_to_the_cache(model, rows, features):
     graph, params = model
     cache = qwen2_5_vl.init_cache(CONFIG, 3, SLOTS)
     out = forward(graph, params, batch(rows, 48), cache, features=features)
+    by_row = np.asarray(out.cache.kv).reshape(2, 3, -1, *out.cache.kv.shape[2:])
     for number, (ids, _, _) in enumerate(rows):
-        assert not np.asarray(out.cache.k[:, number, len(ids) :]).any()
-        assert np.asarray(out.cache.k[:, number, len(ids) - 1]).any()
-    full = dataclasses.replace(out.cache, lengths=jnp.full((3,), SLOTS, jnp.int32))
+        assert not by_row[:, number, len(ids) :].any()
+        assert by_row[:, number, len(ids) - 1].any()
+    full = dataclasses.replace(out.cache, lengths=jnp.full((3,), cache.slots, jnp.int32))
     after = forward(graph, params, batch(part(rows, [0] * 3, [1] * 3), 1), full).cache
-    np.testing.assert_array_equal(after.k, out.cache.k)  # past the last slot: dropped
+    np.testing.assert_array_equal(after.kv, out.cache.kv)  # past the last slot: dropped
 
 
 def test_packed_rows_equal_separate_ones(model, rows, features, whole):
@@ -256,24 +258,54 @@ def test_attention_of_a_row_that_may_see_nothing_is_finite():
     np.testing.assert_allclose(out, 2.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("slots", [16, 64, 80, 100])
-def test_cached_attention_equals_the_reference_and_ignores_the_neighbours(slots):
-    """Block by block, also when the slots are no whole number of blocks."""
-    rng = np.random.default_rng(slots)
-    rows, queries, layers = 3, 2, 2
+@pytest.mark.parametrize("page", [4, 16, 32])
+def test_cached_attention_equals_the_reference_and_ignores_the_neighbours(page):
+    """Pages lie anywhere in the pool, and two rows share their first one."""
+    rng = np.random.default_rng(page)
+    rows, queries, layers, each = 3, 2, 2, 96 // page
     q = jnp.asarray(rng.normal(size=(rows, queries, 4, 8)), jnp.float32)
-    k, v = (
-        jnp.asarray(rng.normal(size=(layers, rows, slots, 2, 8)), jnp.float32) for _ in range(2)
-    )
+    pages = rows * each + 3
+    kv = jnp.asarray(rng.normal(size=(layers * pages, page, 4, 8)), jnp.float32)
+    tables = rng.permutation(pages)[: rows * each].reshape(rows, each).astype(np.int32)
+    tables[1, 0] = tables[0, 0]
     run = jax.jit(attend_cached)
-    ends = [2, slots // 2, slots]
+    ends = [3, 48, 96]
     own = jnp.asarray([[end - 2, end - 1] for end in ends], jnp.int32)
-    mask = jnp.arange(slots) <= own[:, :, None]
+    mask = jnp.arange(96) <= own[:, :, None]
     for layer in range(layers):
-        found = run(q, k, v, layer, own, slots)
-        np.testing.assert_allclose(found, attend(q, k[layer], v[layer], mask), atol=1e-6)
+        lines = kv[layer * pages + tables].reshape(rows, 96, 2, 2, 8)
+        found = run(q, kv, tables, layer * pages, own, 96)
+        expected = attend(q, lines[..., 0, :], lines[..., 1, :], mask)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
         for row, end in enumerate(ends):  # the longest row decides how much is read
-            np.testing.assert_array_equal(run(q, k, v, layer, own, end)[row], found[row])
+            alone = run(q, kv, tables, layer * pages, own, end)
+            np.testing.assert_array_equal(alone[row], found[row])
+
+
+def test_parts_of_one_conversation_may_sit_in_several_rows(model, rows, features, whole):
+    graph, params = model
+    ids = rows[0][0]
+    cache = qwen2_5_vl.init_cache(CONFIG, 3, SLOTS)
+    starts = np.asarray([0, 7, 20])
+    stops = np.asarray([7, 20, len(ids)])
+    cache = dataclasses.replace(
+        cache, tables=jnp.tile(cache.tables[:1], (3, 1)), lengths=jnp.asarray(starts, jnp.int32)
+    )
+    inputs = batch(part([rows[0]] * 3, starts, stops), 32)
+    out = forward(graph, params, inputs, cache, features=features)
+    for number, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        np.testing.assert_allclose(
+            out.logits[number, : stop - start], whole[0, start:stop], atol=1e-5
+        )
+
+
+def test_copied_pages_are_equal_in_every_layer():
+    kv = jnp.arange(2 * 5 * 3 * 4 * 2, dtype=jnp.float32).reshape(10, 3, 4, 2)
+    source, target = jnp.asarray([0, 3, 1]), jnp.asarray([2, 5, 4])  # 5: not used
+    found = copy_pages(kv, 2, source, target)
+    expected = np.asarray(kv).reshape(2, 5, 3, 4, 2).copy()
+    expected[:, [2, 4]] = expected[:, [0, 1]]
+    np.testing.assert_array_equal(found, expected.reshape(kv.shape))
 
 
 def test_the_graph_is_hashable_and_parameters_are_plain(model):

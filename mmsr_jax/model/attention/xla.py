@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax.lax import dot_general
 
-BLOCK = 32  # slots read at a time
-
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax attention in float32 with grouped key-value heads.
@@ -45,58 +43,53 @@ def segment_mask(segments: jax.Array) -> jax.Array:
     return causal & (segments[:, :, None] == segments[:, None, :])
 
 
-def attend_cached(q, k_store, v_store, layer, own, reach):
-    """Attention of new tokens to the cache, block by block with a running softmax.
+def attend_cached(q, kv, tables, first, own, reach):
+    """Attention of new tokens to the cache, page by page with a running softmax.
 
-    A block that a row does not reach adds exact zeros, so a row's result is the same, bit for bit,
-    however many blocks the longest row beside it needs: what is sampled does not depend on the
-    neighbours. Blocks beyond the longest row are not read, and reading is what decoding costs.
+    A page that a row does not reach adds exact zeros, so a row's result is the same, bit for bit,
+    however many pages the longest row beside it needs: what is sampled does not depend on the
+    neighbours. Pages beyond the longest row are not read, and reading is what decoding costs.
 
     Args:
-        q: [B, T, N, H]; k_store, v_store: [L, B, S, K, H]; layer: scalar.
+        q: [B, T, N, H].
+        kv: [L * P, S, 2K, H], tables: [B, M] int32 (see `cache.Cache`).
+        first: scalar int32, the layer's first page in `kv`.
         own: [B, T] int32, slot of each query, the last one that it attends to.
         reach: scalar int32, slots in use by the longest row with a new token.
 
     Returns: [B, T, N, H] in q's dtype.
     """
     rows, queries, heads, size = q.shape
-    slots, kv_heads = k_store.shape[2:4]
-    group, block = heads // kv_heads, min(BLOCK, slots)
+    block, kv_heads = kv.shape[1], kv.shape[2] // 2
+    group = heads // kv_heads
     kind = q.dtype
     q = q.reshape(rows, queries, kv_heads, group, size).transpose(0, 2, 3, 1, 4)
     q = q.reshape(rows, kv_heads, group * queries, size)
     own = jnp.tile(own, (1, group))[:, None, :, None]
     batch, lowest = ((0, 1), (0, 1)), jnp.finfo(jnp.float32).min
 
-    def read(store, start):
-        part = jax.lax.dynamic_slice(
-            store, (layer, 0, start, 0, 0), (1, rows, block, kv_heads, size)
-        )
-        return part[0].transpose(0, 2, 1, 3)
-
     def body(index, carry):
         top, total, out = carry
-        # The last block may overlap the one before it: slots read twice are masked.
-        start = jnp.minimum(index * block, slots - block)
-        slot = start + jnp.arange(block, dtype=jnp.int32)
-        seen = (slot <= own) & (slot >= index * block)
-        scores = dot_general(
-            q, read(k_store, start), (((3,), (3,)), batch), preferred_element_type=jnp.float32
-        )
+        page = jax.lax.dynamic_index_in_dim(tables, index, axis=1, keepdims=False)
+        part = jnp.take(kv, first + page, axis=0, mode="clip")
+        part = part.reshape(rows, block, kv_heads, 2, size).transpose(3, 0, 2, 1, 4)
+        k, v = part[0], part[1]
+        slot = index * block + jnp.arange(block, dtype=jnp.int32)
+        seen = slot <= own
+        scores = dot_general(q, k, (((3,), (3,)), batch), preferred_element_type=jnp.float32)
         scores = jnp.where(seen, scores * size**-0.5, lowest)
         higher = jnp.maximum(top, scores.max(-1, keepdims=True))
         shrink = jnp.exp(top - higher)
         weights = jnp.where(seen, jnp.exp(scores - higher), 0.0)
         part = dot_general(
-            weights.astype(v_store.dtype), read(v_store, start), (((3,), (2,)), batch),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+            weights.astype(v.dtype), v, (((3,), (2,)), batch), preferred_element_type=jnp.float32
+        )
         return higher, total * shrink + weights.sum(-1, keepdims=True), out * shrink + part
 
     shape = (rows, kv_heads, group * queries)
     zero = jnp.zeros((*shape, 1), jnp.float32)
     start = (zero + lowest, zero, jnp.zeros((*shape, size), jnp.float32))
-    count = -(-reach // block)
+    count = jnp.minimum(-(-reach // block), tables.shape[1])
     _, total, out = jax.lax.fori_loop(0, count, body, start)
     out = (out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)).astype(kind)
     out = out.reshape(rows, kv_heads, group, queries, size).transpose(0, 3, 1, 2, 4)
