@@ -101,8 +101,8 @@ class Tiny:
         from mmsr_jax.engine.engine import EngineConfig
 
         return EngineConfig(
-            rows=6, slots=128, turn_tokens=16, decode_steps=5, extend_rows=4, extend_tokens=8,
-            patches=96, pictures=6, picture_patches=64, feature_rows=120,
+            rows=6, slots=128, page=16, turn_tokens=16, decode_steps=5, extend_rows=4,
+            extend_tokens=8, patches=96, pictures=6, picture_patches=64, feature_rows=120,
         )  # fmt: skip
 
     def engine(self, params=None, eos_ids=(), config=None):

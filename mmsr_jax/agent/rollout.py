@@ -1,14 +1,15 @@
-"""Many episodes through one engine: rows pause for tools while the others decode on."""
+"""Many episodes through one engine: nothing waits for a search but the episode that asked it."""
 
 import collections
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from mmsr_jax.agent import episode as episode_lib
 from mmsr_jax.agent.episode import Episode, Setting
-from mmsr_jax.engine.engine import Engine, Request, Resume, stream
+from mmsr_jax.engine.engine import Engine
+from mmsr_jax.engine.requests import Request, Resume, SampledTurn, stream
 from mmsr_jax.tools.toolbox import Toolbox
 from mmsr_jax.types import Example, Trajectory
 
@@ -23,6 +24,157 @@ class Ask:
     forced: str = ""  # beginning of the first response, for constant policies
 
 
+@dataclasses.dataclass
+class _Open:
+    """A question some of whose samples have not ended."""
+
+    ask: Ask
+    version: int  # of the engine's weights when it was admitted
+    trajectories: list[Trajectory | None]
+    missing: int
+
+
+@dataclasses.dataclass
+class _Live:
+    """One sample in the engine."""
+
+    ticket: int
+    episode: Episode
+    since: float  # perf_counter at the start
+
+
+class Rollouts:
+    """Questions in, complete groups out, in the order in which they become complete.
+
+    Questions may be added at any time, also while groups are being taken out; what has not ended
+    stays in the engine when the caller stops taking, across a change of weights if it likes.
+
+        rollouts = Rollouts(engine, toolbox, setting, seed=0, temperature=1.0)
+        tickets = [rollouts.add(ask) for ask in asks]
+        for ticket, group in rollouts.groups():
+            ...
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        toolbox: Toolbox,
+        setting: Setting,
+        *,
+        seed: int,
+        temperature: float,
+        done: Callable[[int], None] = lambda n: None,
+        skipped: Callable[[Ask, ValueError], None] | None = None,
+    ):
+        """Args:
+        seed: run seed; with the example id, the visit and the sample index it names a trajectory's
+          random stream, so the samples do not depend on their neighbours.
+        temperature: 0 for greedy.
+        done: called with the number of trajectories that have just ended.
+        skipped: called when a question cannot be asked (broken picture, too long); without it the
+          error is raised.
+        """
+        self.engine, self.toolbox, self.setting = engine, toolbox, setting
+        self.seed, self.temperature = seed, temperature
+        self.done, self.skipped = done, skipped
+        self.tools_wait = 0.0  # seconds in which nothing but a tool was waited for
+        self._waiting: collections.deque[tuple[int, Ask]] = collections.deque()
+        self._open: dict[int, _Open] = {}
+        self._live: dict[int, _Live] = {}  # by the engine's number
+        self._calls: dict[concurrent.futures.Future, int] = {}  # running tool call -> number
+        self._tickets = 0
+
+    def add(self, ask: Ask) -> int:
+        """Takes in a question; returns its ticket."""
+        ticket, self._tickets = self._tickets, self._tickets + 1
+        self._waiting.append((ticket, ask))
+        return ticket
+
+    @property
+    def unfinished(self) -> dict[int, int]:
+        """Ticket and weight version (engine.version at its start) of each question in flight."""
+        now = self.engine.version
+        waiting = {ticket: now for ticket, _ in self._waiting}
+        return {ticket: opened.version for ticket, opened in self._open.items()} | waiting
+
+    def groups(self) -> Iterator[tuple[int, list[Trajectory]]]:
+        """Complete groups (empty for a skipped question), until nothing is in flight.
+
+        The caller may stop in between and ask again later.
+        """
+        while self._waiting or self._open:
+            yield from self._admit()
+            for turn in self.engine.step(self.temperature):
+                yield from self._said(turn)
+            if self._calls and not self.engine.busy and not self._room():
+                start = time.perf_counter()
+                concurrent.futures.wait(self._calls, return_when=concurrent.futures.FIRST_COMPLETED)
+                self.tools_wait += time.perf_counter() - start
+            for future in [f for f in self._calls if f.done()]:
+                yield from self._answered(self._calls.pop(future), future)
+
+    def _room(self) -> bool:
+        """Whether the next question may enter the engine. A large group may enter an empty one."""
+        if not self._waiting:
+            return False
+        live = self.engine.live
+        return not live or live + self._waiting[0][1].samples <= self.engine.flight
+
+    def _admit(self):
+        """Moves waiting questions into the engine, first come first served."""
+        while self._room():
+            ticket, ask = self._waiting.popleft()
+            streams = [stream(self.seed, ask.example.id, ask.visit, s) for s in range(ask.samples)]
+            try:
+                first = episode_lib.start(ask.example, 0, self.setting, ask.forced)
+                budget = episode_lib.budget(first, self.setting)
+                numbers = self.engine.submit(Request(first.tokens, tuple(streams), budget))
+            except ValueError as error:
+                if self.skipped is None:
+                    raise
+                self.skipped(ask, error)
+                yield ticket, []
+                continue
+            version = self.engine.version
+            self._open[ticket] = _Open(ask, version, [None] * ask.samples, ask.samples)
+            now = time.perf_counter()
+            for sample, number in enumerate(numbers):
+                episode = dataclasses.replace(first, sample=sample)
+                self._live[number] = _Live(ticket, episode, now)
+
+    def _said(self, turn: SampledTurn):
+        live = self._live[turn.number]
+        live.episode, call = episode_lib.said(
+            live.episode, turn.ids, turn.logprobs, turn.stopped, self.setting
+        )
+        if call is None:
+            yield from self._finish(turn.number)
+        else:
+            self._calls[self.toolbox.submit(call)] = turn.number
+
+    def _answered(self, number: int, future: concurrent.futures.Future):
+        live = self._live[number]
+        live.episode, piece = episode_lib.answered(live.episode, future.result(), self.setting)
+        if piece is None:
+            yield from self._finish(number)
+            return
+        room = episode_lib.budget(live.episode, self.setting)
+        self.engine.resume(Resume(number, piece, live.episode.tokens.pictures, room))
+
+    def _finish(self, number: int):
+        """Takes an ended trajectory out; yields its group when that is complete."""
+        live = self._live.pop(number)
+        self.engine.release(number)
+        group = self._open[live.ticket]
+        trajectory = episode_lib.finish(live.episode, time.perf_counter() - live.since)
+        group.trajectories[live.episode.sample] = trajectory
+        group.missing -= 1
+        self.done(1)
+        if not group.missing:
+            del self._open[live.ticket]
+            yield live.ticket, group.trajectories
+
+
 def rollout(
     engine: Engine,
     toolbox: Toolbox,
@@ -34,94 +186,17 @@ def rollout(
     done: Callable[[int], None] = lambda n: None,
     skipped: Callable[[Ask, ValueError], None] | None = None,
 ) -> tuple[list[list[Trajectory]], dict[str, float]]:
-    """Runs every ask to its end.
-
-    Args:
-      seed: run seed; with the example id, the visit and the sample index it names a trajectory's
-        random stream, so the samples do not depend on their neighbours.
-      temperature: 0 for greedy.
-      done: called with the number of trajectories that have just ended.
-      skipped: called when a question cannot be asked (broken picture, too long); without it the
-        error is raised.
+    """Runs every ask to its end (see `Rollouts`).
 
     Returns:
       Trajectories by ask (an empty list for a skipped one), and timings in seconds:
       `tools_wait` is the time in which nothing but a tool was waited for.
     """
-    waiting = collections.deque()
-    results: list[list[Trajectory | None]] = []
-    for number, ask in enumerate(asks):
-        try:
-            first = episode_lib.start(ask.example, 0, setting, ask.forced)
-        except ValueError as error:
-            if skipped is None:
-                raise
-            skipped(ask, error)
-            results.append([])
-            continue
-        results.append([None] * ask.samples)
-        for lo in range(0, ask.samples, engine.config.rows):
-            hi = min(ask.samples, lo + engine.config.rows)
-            waiting.append((number, ask, first, range(lo, hi)))
-    live: dict[int, tuple[int, Episode, float]] = {}  # row -> (ask number, episode, start)
-    calls: dict[concurrent.futures.Future, int] = {}  # running tool call -> row
-    tools_wait = 0.0
+    rollouts = Rollouts(
+        engine, toolbox, setting, seed=seed, temperature=temperature, done=done, skipped=skipped
+    )
     began = time.perf_counter()
-    while waiting or live:
-        _admit(engine, waiting, live, setting, seed)
-        for turn in engine.decode(temperature):
-            number, episode, since = live[turn.row]
-            episode, call = episode_lib.said(
-                episode, turn.ids, turn.logprobs, turn.stopped, setting
-            )
-            live[turn.row] = (number, episode, since)
-            if call is not None:
-                calls[toolbox.submit(call)] = turn.row
-            else:
-                _finish(engine, live, results, turn.row)
-                done(1)
-        fits = waiting and len(waiting[0][3]) <= engine.free_rows
-        if calls and not engine.running and not fits:
-            start = time.perf_counter()
-            concurrent.futures.wait(calls, return_when=concurrent.futures.FIRST_COMPLETED)
-            tools_wait += time.perf_counter() - start
-        resumes = []
-        for future in [f for f in calls if f.done()]:
-            row = calls.pop(future)
-            number, episode, since = live[row]
-            episode, piece = episode_lib.answered(episode, future.result(), setting)
-            live[row] = (number, episode, since)
-            if piece is None:
-                _finish(engine, live, results, row)
-                done(1)
-                continue
-            room = episode_lib.budget(episode, setting)
-            resumes.append(Resume(row, piece, episode.tokens.pictures, room))
-        if resumes:
-            engine.extend(sorted(resumes, key=lambda r: r.row))
-    timings = {"rollout": time.perf_counter() - began, "tools_wait": tools_wait}
-    return results, timings
-
-
-def _admit(engine, waiting, live, setting, seed) -> None:
-    """Starts as many waiting questions as there are free rows, first come first served."""
-    requests, taken = [], []
-    free = engine.free_rows
-    while waiting and len(waiting[0][3]) <= free:
-        number, ask, first, samples = waiting.popleft()
-        free -= len(samples)
-        streams = tuple(stream(seed, ask.example.id, ask.visit, s) for s in samples)
-        requests.append(Request(first.tokens, streams, episode_lib.budget(first, setting)))
-        taken.append((number, first, samples))
-    if not requests:
-        return
-    now = time.perf_counter()
-    for (number, first, samples), rows in zip(taken, engine.admit(requests), strict=True):
-        for sample, row in zip(samples, rows, strict=True):
-            live[row] = (number, dataclasses.replace(first, sample=sample), now)
-
-
-def _finish(engine, live, results, row: int) -> None:
-    number, episode, since = live.pop(row)
-    engine.release(row)
-    results[number][episode.sample] = episode_lib.finish(episode, time.perf_counter() - since)
+    tickets = [rollouts.add(ask) for ask in asks]
+    found = dict(rollouts.groups())
+    timings = {"rollout": time.perf_counter() - began, "tools_wait": rollouts.tools_wait}
+    return [found[ticket] for ticket in tickets], timings

@@ -1,1 +1,1 @@
-"""The sampler: a KV cache, rows that pause for tools, and three jitted programs."""
+"""The sampler: pages of keys and values, rows that change hands, four jitted programs."""

@@ -1,28 +1,34 @@
-"""The engine: rows with a KV cache that are admitted, decode, pause, are extended, and leave.
+"""The engine: any number of trajectories share a few decode rows and a pool of pages.
 
 It knows tokens and pictures, nothing of tools or protocols. The caller drives it:
 
-    rows = engine.admit([Request(prompt, streams, budget), ...])
+    numbers = engine.submit(Request(prompt, streams, budget))
     while work:
-        for turn in engine.decode():  # rows that paused since the last call
-            ...                       # start a tool, or engine.release(turn.row)
-        engine.extend([Resume(row, tool_tokens, budget), ...])  # rows whose tool has answered
+        for turn in engine.step(temperature):   # trajectories that paused since the last call
+            ...                                 # start a tool, or engine.release(turn.number)
+        engine.resume(Resume(number, tool_tokens, pictures, budget))  # its tool has answered
 
-Nothing is computed twice: a prompt is prefilled once for all its samples, and an extension feeds
-only the new tokens.
+A paused trajectory keeps its pages and gives up its row. Nothing is computed twice: a prompt is fed
+once for all its samples, an extension feeds only the new tokens, a picture is encoded once. Long
+extensions are fed in parts between two looks of the decoding rows.
 """
 
 import dataclasses
-import hashlib
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mmsr_jax.engine import state as state_lib
+from mmsr_jax.engine import sequence as sequence_lib
 from mmsr_jax.engine import steps
-from mmsr_jax.inputs import layout
-from mmsr_jax.inputs.pictures import check_rows, picture_batches
+from mmsr_jax.engine.features import FeaturePool
+from mmsr_jax.engine.requests import Request, Resume, SampledTurn
+from mmsr_jax.engine.schedule import Copies, Schedule
+from mmsr_jax.engine.sequence import Sequence, Status
+from mmsr_jax.inputs.pictures import check_rows
+from mmsr_jax.model import cache as cache_lib
 from mmsr_jax.model import qwen2_5_vl as qwen
+from mmsr_jax.parallel.rules import ROLLOUT_RULES, Placement
 from mmsr_jax.types import Picture, Tokens
 
 
@@ -30,55 +36,25 @@ from mmsr_jax.types import Picture, Tokens
 class EngineConfig:
     """Sizes of the engine. Each is a shape: change it and the programs compile anew."""
 
-    rows: int = 128  # trajectories in flight
-    slots: int = 192  # cache slots a row: the longest conversation in tokens
+    rows: int = 128  # trajectories that decode at the same time
+    flight: int = 0  # trajectories in the engine at the same time, paused ones too; 0: 4 x rows
+    slots: int = 192  # tokens of the longest conversation
+    page: int = 32  # slots a page
+    pages: int = 0  # pages of the pool; 0: `rows` of the longest conversations
     turn_tokens: int = 48  # tokens the model may write in one turn
-    decode_steps: int = 16  # tokens between two looks of the host at paused rows
+    decode_steps: int = 16  # tokens between two looks of the host at paused rows, at most
+    refill: int = 4  # rows that pause before a look ends early for those that wait
     extend_rows: int = 16  # rows of one extension program
-    extend_tokens: int = 32  # tokens of one extension chunk
+    extend_tokens: int = 32  # tokens of each
+    extends: int = 4  # extension programs between two looks while rows are idle
     patches: int = 768  # patches of one pass of the vision tower
     pictures: int = 32  # pictures of one pass
     picture_patches: int = 24  # patches of the largest picture
     feature_rows: int = 4096  # merged picture tokens kept in the pool
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt and the samples wanted of it."""
-
-    prompt: Tokens
-    streams: tuple[np.ndarray, ...]  # one [2] uint32 a sample, from `stream`
-    budget: int  # tokens of the first turn at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Resume:
-    """What a paused row has to read before it goes on."""
-
-    row: int
-    tokens: Tokens
-    pictures: tuple[Picture, ...]  # every picture of the conversation so far, these included
-    budget: int
-
-
-@dataclasses.dataclass(frozen=True)
-class SampledTurn:
-    """What a row sampled until it paused."""
-
-    row: int
-    ids: np.ndarray  # [n] int32
-    logprobs: np.ndarray  # [n] float32
-    stopped: bool  # True: it ended its turn; False: budget or slots ran out
-
-
-def stream(*parts) -> np.ndarray:
-    """Key data [2] uint32 of the random stream named by `parts` (run seed, example id, ...)."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return np.frombuffer(digest[:8], np.uint32).copy()
-
-
 class Engine:
-    """Holds the device state and the host's mirror of it (which row is free, what is pending)."""
+    """Holds the pools on the device, and who waits for what."""
 
     def __init__(self, graph, model, config: EngineConfig, eos_ids, mesh=None):
         """Args:
@@ -86,270 +62,323 @@ class Engine:
         config: sizes.
         eos_ids: ids that end a turn.
         mesh: rollout mesh of this host's devices, None for the default device.
+
+        Raises:
+          ValueError: a pool that cannot hold one conversation, or one pass of the tower.
         """
         self.graph, self.model, self.config = graph, model, config
         self.apart = mesh is None and jax.default_backend() == "cpu"
         self.eos_ids = tuple(int(i) for i in eos_ids)
         self.params = None
-        self.counters = {
-            "prefill_tokens": 0,
-            "decode_steps": 0,
-            "sampled_tokens": 0,
-            "row_steps": 0,
-        }
-        self._state = state_lib.empty(
-            model, config.rows, config.slots, config.turn_tokens, config.feature_rows, mesh
-        )
-        self._keys = np.zeros((config.rows, 2), np.uint32)
-        self._running = np.zeros(config.rows, bool)
-        self._free = list(range(config.rows))[::-1]
-        self._length = np.zeros(config.rows, np.int64)  # cache slots filled
-        self._pending = np.zeros(config.rows, np.int64)
-        self._position = np.zeros(config.rows, np.int64)
-        self._sampled = np.zeros(config.rows, np.int64)
-        self._pool: dict[str, int] = {}  # picture digest -> first row in the feature pool
-        self._pool_used = 0
+        self.version = 0  # weight changes so far
+        self._table = -(-config.slots // config.page)  # pages of the longest conversation
+        pages = config.pages or config.rows * self._table
+        if pages <= self._table:  # one more: the page that it shares with somebody is copied
+            raise ValueError(
+                f"engine.pages is {pages}, a conversation of engine.slots = {config.slots} tokens "
+                f"alone needs {self._table + 1} pages of {config.page}"
+            )
+        self.schedule = Schedule(pages, config.page)
+        here = jax.local_devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self.features = FeaturePool(graph, model, config, here)
+        # Committed like every later pool: otherwise a program's second call compiles it anew.
+        kv = qwen.init_pages(model, pages, config.page, mesh)
+        place = Placement(mesh, ROLLOUT_RULES)
+        self._kv = jax.device_put(kv, here if mesh is None else cache_lib.sharding(place, kv.shape))
+        self._pages = pages
+        self._next = 0
+        self._counters = dict.fromkeys(
+            ("prefill_tokens", "again_tokens", "decode_steps", "sampled_tokens", "row_steps",
+             "extensions", "copied_pages"), 0,
+        )  # fmt: skip
 
-    def set_params(self, params) -> None:
-        """Takes new weights. Features of pictures belong to the old ones and are forgotten.
+    @property
+    def counters(self) -> dict[str, int]:
+        """Totals since the start. `again_tokens` of `prefill_tokens` had been fed before."""
+        return self._counters | {
+            "dropped": self.schedule.dropped,
+            "encoded_pictures": self.features.encoded,
+        }
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would get anything done."""
+        return any(s.status is not Status.PAUSED for s in self.schedule.sequences.values())
+
+    @property
+    def flight(self) -> int:
+        """Trajectories that the caller should have in here at the same time."""
+        return self.config.flight or 4 * self.config.rows
+
+    @property
+    def live(self) -> int:
+        """Trajectories in the engine, paused ones included."""
+        return len(self.schedule.sequences)
+
+    @property
+    def free_pages(self) -> int:
+        return self.schedule.pool.free
+
+    def length(self, number: int) -> int:
+        """Tokens of a trajectory so far."""
+        return self.schedule.sequences[number].known
+
+    def set_params(self, params, keep_cache: bool = False) -> None:
+        """Takes new weights; features of pictures belong to the old ones and are forgotten.
 
         On CPU layers are kept apart, in memory of their own: see `qwen2_5_vl.unstack`.
+
+        Args:
+          keep_cache: trajectories in flight keep the keys and values of the old weights. Otherwise
+            theirs are computed anew before they go on.
         """
         self.params = qwen.unstack(params) if self.apart else params
-        self._pool.clear()
-        self._pool_used = 0
+        self.version += 1
+        self.features.clear()
+        if not keep_cache:
+            for sequence in self.schedule.sequences.values():
+                self.schedule.drop(sequence)
 
-    @property
-    def free_rows(self) -> int:
-        return len(self._free)
+    def warm_up(self) -> None:
+        """Compiles every program, with nothing to do; the state stays as it is."""
+        self.features.pass_through(self.params, [], 0)
+        self.features.clear()
+        self._run_copies(Copies(), always=True)
+        self._run_extension([], {})
+        self._run_decode([], 1.0, 1)
+        jax.block_until_ready(self._kv)
 
-    @property
-    def running(self) -> bool:
-        return bool(self._running.any())
+    def submit(self, request: Request) -> tuple[int, ...]:
+        """Takes in the samples of a prompt; they start when there is room.
 
-    def length(self, row: int) -> int:
-        """Tokens of the row's conversation so far, the pending one included."""
-        return int(self._length[row]) + 1
-
-    def release(self, row: int) -> None:
-        """Gives the row back."""
-        self._running[row] = False
-        self._free.append(row)
-
-    def admit(self, requests: list[Request]) -> list[list[int]]:
-        """Prefills each prompt once and starts all its samples.
-
-        Returns: for each request the rows of its samples, in order.
+        Returns: their numbers, in order.
 
         Raises:
-          ValueError: more samples than free rows, or a prompt longer than the cache, or a budget
-            beyond `turn_tokens`, or pictures that do not fit, or fewer pictures than the prompt
-            has places for. No row is taken then.
+          ValueError: a prompt longer than the cache, or a budget beyond `turn_tokens`, or a picture
+            that is too large, or fewer pictures than the prompt has places for. Nothing is taken
+            in then.
         """
-        wanted = sum(len(r.streams) for r in requests)
-        if wanted > len(self._free):
-            raise ValueError(f"{wanted} samples do not fit in {len(self._free)} free rows")
-        rows_of, pieces = [], []
-        source = np.arange(self.config.rows)
-        for request in requests:
-            rows = [self._free.pop() for _ in request.streams]
-            rows_of.append(rows)
-            self._length[rows] = 0
-            for row, key in zip(rows, request.streams, strict=True):
-                self._keys[row], self._sampled[row] = key, 0
-            source[rows] = rows[0]
-            resume = Resume(rows[0], request.prompt, request.prompt.pictures, request.budget)
-            pieces.append((resume, True))
-        try:
-            self._feed(pieces)
-        except ValueError:
-            for row in (row for rows in rows_of for row in rows):
-                self.release(row)
-            raise
-        if wanted > len(requests):
-            for rows in rows_of:
-                for mirror in (self._length, self._pending, self._position, self._running):
-                    mirror[rows] = mirror[rows[0]]
-            keys = jax.random.wrap_key_data(self._keys, impl="threefry2x32")
-            self._state = steps.fork(self._state, source.astype(np.int32), keys)
-        return rows_of
-
-    def extend(self, resumes: list[Resume]) -> None:
-        """Appends tokens to paused rows and wakes them."""
-        self._feed([(resume, False) for resume in resumes])
-
-    def decode(self, temperature: float) -> list[SampledTurn]:
-        """Lets all running rows decode; returns the turns of those that paused, in row order."""
-        if not self.running:
-            return []
-        self._state, taken = steps.decode(
-            self.graph, self.params, self._state, np.float32(temperature), self.eos_ids,
-            self.config.decode_steps,
-        )  # fmt: skip
-        s = self._state
-        # The one device-to-host copy of a look.
-        active, lengths, ids, logprobs, pending, taken = jax.device_get(
-            (s.active, s.turn_length, s.turn_ids, s.turn_logprobs, s.pending, taken)
-        )
-        self.counters["decode_steps"] += int(taken)
-        self.counters["row_steps"] += int(taken) * self.config.rows
-        turns = []
-        for row in np.flatnonzero(self._running & ~active):
-            n = int(lengths[row])
-            self._running[row] = False
-            # All sampled tokens but the last are in the cache now; the last one is pending.
-            self._length[row] += n
-            self._position[row] += n
-            self._sampled[row] += n
-            self._pending[row] = int(pending[row])
-            self.counters["sampled_tokens"] += n
-            turns.append(
-                SampledTurn(
-                    row=int(row),
-                    ids=ids[row, :n].copy(),
-                    logprobs=logprobs[row, :n].copy(),
-                    stopped=int(ids[row, n - 1]) in self.eos_ids,
-                )
+        self._check(request.prompt, request.prompt.pictures, request.budget, len(request.prompt))
+        first = self._next
+        group = tuple(range(first, first + len(request.streams)))
+        self._next += len(group)
+        for number, key in zip(group, request.streams, strict=True):
+            sequence = sequence_lib.start(
+                number, key, group, request.prompt, request.budget, self.config.slots + 1
             )
-        return turns
+            self.schedule.sequences[number] = sequence
+            self.schedule.turn(sequence, Status.FEEDING)
+        return group
 
-    def _feed(self, pieces: list[tuple[Resume, bool]]) -> None:
-        """Runs extension chunks over `pieces` of (what to read, whether the row starts anew)."""
-        size = self.config.extend_rows
-        for start in range(0, len(pieces), size):
-            part = pieces[start : start + size]
-            features = self._encode([p for r, _ in part for p in self._new_pictures(r)])
-            fed = [self._fed_tokens(r, fresh, features) for r, fresh in part]
-            longest = max(f.ids.size for f in fed)
-            chunk = self.config.extend_tokens
-            for offset in range(0, max(longest, 1), chunk):
-                piece = self._chunk(part, fed, offset, chunk)
-                self._state = steps.extend(self.graph, self.params, self._state, piece)
-            for (r, _), f in zip(part, fed, strict=True):
-                self._length[r.row] += f.ids.size
-                self._pending[r.row], self._position[r.row] = f.pending, f.position
-                self._running[r.row] = True
-                self.counters["prefill_tokens"] += int(f.ids.size)
+    def resume(self, resume: Resume) -> None:
+        """Appends tokens to a paused trajectory and wakes it.
 
-    def _batches(self, pictures: list[Picture]) -> list[list[Picture]]:
-        c = self.config
-        return picture_batches(
-            pictures, patches=c.patches, limit=c.pictures, picture_patches=c.picture_patches
-        )
+        Raises:
+          ValueError: it is not paused, or as in `submit`. It stays as it is then.
+        """
+        sequence = self.schedule.sequences[resume.number]
+        if sequence.status is not Status.PAUSED:
+            raise ValueError(f"trajectory {resume.number} is {sequence.status.value}, not paused")
+        known = sequence.known + len(resume.tokens)
+        self._check(resume.tokens, resume.pictures, resume.budget, known)
+        sequence.append(resume.tokens, resume.pictures)
+        sequence.left = resume.budget
+        self.schedule.turn(sequence, Status.FEEDING)
 
-    def _merged(self, picture: Picture) -> int:
-        return picture.patches.shape[0] // self.model.vision.merge_size**2
+    def release(self, number: int) -> None:
+        """Forgets a trajectory and gives its pages back."""
+        self.schedule.remove(number)
 
-    def _new_pictures(self, resume: Resume) -> list[Picture]:
-        """The pictures whose features the tokens of `resume` refer to."""
-        new, first = [], 0
-        used = set(resume.tokens.image_index[resume.tokens.image_index >= 0].tolist())
-        for picture in resume.pictures:
-            count = self._merged(picture)
-            if used & set(range(first, first + count)):
-                new.append(picture)
-            first += count
-        return new
+    def step(self, temperature: float) -> list[SampledTurn]:
+        """One look: feeds what waits, lets the rows decode, returns the turns that have ended."""
+        if self.params is None:
+            raise ValueError("the engine has no weights yet: set_params comes first")
+        fed = 0
+        while self._feed():
+            fed += 1
+            waiting = self.schedule.count(Status.READY) + self.schedule.count(Status.RUNNING)
+            if waiting >= self.config.rows or (waiting and fed >= self.config.extends):
+                break
+        return self._decode(temperature)
 
-    def _fed_tokens(self, resume: Resume, fresh: bool, features: dict[str, int]) -> "_Fed":
-        """What goes into the cache now, and which token stays pending."""
-        tokens, row = resume.tokens, resume.row
-        if not 1 <= resume.budget <= self.config.turn_tokens:
+    def _check(self, tokens: Tokens, pictures: tuple[Picture, ...], budget: int, known: int):
+        if not 1 <= budget <= self.config.turn_tokens:
             raise ValueError(
-                f"a budget of {resume.budget} tokens a turn, engine.turn_tokens is "
+                f"a budget of {budget} tokens a turn, engine.turn_tokens is "
                 f"{self.config.turn_tokens}"
             )
-        check_rows(tokens.image_index, resume.pictures, self.model.vision.merge_size)
-        index = np.full(len(tokens), -1, np.int64)
-        first = 0
-        for picture in resume.pictures:
-            count = self._merged(picture)
-            own = (tokens.image_index >= first) & (tokens.image_index < first + count)
-            if own.any():
-                index[own] = tokens.image_index[own] - first + features[picture.digest]
-            first += count
-        ids, positions = tokens.ids, tokens.positions
-        if not fresh:  # the token that the model sampled last goes first
-            ids = np.concatenate([[self._pending[row]], ids])
-            positions = np.concatenate([np.full((3, 1), self._position[row]), positions], axis=1)
-            index = np.concatenate([[-1], index])
-        if self._length[row] + ids.size > self.config.slots:
+        check_rows(tokens.image_index, pictures, self.model.vision.merge_size)
+        for picture in pictures:
+            self.features.fits([picture])  # raises when it is too large
+        if known > self.config.slots:
             raise ValueError(
-                f"a conversation of {self._length[row] + ids.size} tokens does not fit in "
-                f"{self.config.slots} cache slots; raise engine.slots"
+                f"a conversation of {known} tokens does not fit in {self.config.slots} cache "
+                "slots; raise engine.slots"
             )
-        return _Fed(
-            ids=ids[:-1], positions=positions[:, :-1], index=index[:-1],
-            pending=int(ids[-1]), position=int(positions[0, -1]),
-        )  # fmt: skip
 
-    def _chunk(self, part, fed: list["_Fed"], offset: int, size: int) -> steps.Extension:
-        """Host arrays of one chunk; rows that are done or not there are marked out of range."""
-        total = self.config.extend_rows
-        ids = np.zeros((total, size), np.int32)
-        positions = np.zeros((3, total, size), np.int32)
-        segments = np.zeros((total, size), np.int32)
-        index = np.full((total, size), -1, np.int32)
-        rows = np.full(total, self.config.rows, np.int32)
-        fresh, wake = np.zeros(total, bool), np.zeros(total, bool)
-        scalars = np.zeros((4, total), np.int32)  # pending, position, budget, sampled
-        keys = np.zeros((total, 2), np.uint32)
-        for i, ((resume, new), f) in enumerate(zip(part, fed, strict=True)):
-            last = max((f.ids.size - 1) // size, 0) * size
-            if offset > last:
+    def _feed(self) -> bool:
+        """Runs one extension over those that wait longest. False when there is nothing to feed."""
+        schedule, config = self.schedule, self.config
+        parts: list[tuple[Sequence, int, int]] = []
+        pictures: list[Picture] = []
+        busy: set[int] = set()
+        moved = False
+        # Newcomers take free pages only, unless there is nobody else to do something.
+        alone = not schedule.count(Status.RUNNING) and not schedule.count(Status.READY)
+        for sequence in schedule.having(Status.FEEDING):
+            if len(parts) == config.extend_rows:
+                break
+            if sequence.status is not Status.FEEDING or sequence.number in busy:
                 continue
-            n = min(size, f.ids.size - offset)
-            ids[i, :n] = f.ids[offset : offset + n]
-            positions[:, i, :n] = f.positions[:, offset : offset + n]
+            if not sequence.cached and not schedule.adopt(sequence, busy):
+                continue
+            polite = sequence.seen == 0 and not (alone and not parts)
+            while sequence.missing and len(parts) < config.extend_rows:
+                count = self._part(sequence, pictures)
+                end = sequence.cached + count
+                if not count or not schedule.room(sequence, end, busy, polite):
+                    break
+                pictures += self._pictures(sequence, sequence.cached, end)
+                parts.append((sequence, sequence.cached, end))
+                self._counters["prefill_tokens"] += count
+                again = max(min(sequence.seen, end) - sequence.cached, 0)
+                self._counters["again_tokens"] += again
+                sequence.cached = end
+                sequence.seen = max(sequence.seen, end)
+                busy.add(sequence.number)
+            if not sequence.missing:
+                schedule.turn(sequence, Status.READY)
+                sequence.seen = max(sequence.seen, sequence.cached)
+                moved = True
+        if parts:
+            rows = self.features.ensure(self.params, pictures)
+            self._run_copies(schedule.copies)
+            self._run_extension(parts, rows)
+            self._counters["extensions"] += 1
+        return moved or bool(parts)
+
+    def _part(self, sequence: Sequence, others: list[Picture]) -> int:
+        """How many of its next tokens can be fed beside the pictures of `others`."""
+        start = sequence.cached
+        for count in range(min(self.config.extend_tokens, sequence.missing), 0, -1):
+            new = self._pictures(sequence, start, start + count)
+            if not new or self.features.fits(others + new):
+                return count
+        return 0
+
+    def _pictures(self, sequence: Sequence, start: int, end: int) -> list[Picture]:
+        """The pictures whose features the tokens start .. end - 1 stand for."""
+        used = sequence.feature[start:end]
+        used = used[used >= 0]
+        found, first = [], 0
+        if not used.size:
+            return found
+        for picture in sequence.pictures:
+            after = first + self.features.size(picture)
+            if first <= used[-1] and used[0] < after:
+                found.append(picture)
+            first = after
+        return found
+
+    def _run_copies(self, copies: Copies, always: bool = False) -> None:
+        width = max(self.config.rows, self.config.extend_rows)
+        if copies.source or always:
+            source = np.zeros(width, np.int32)
+            target = np.full(width, self._pages, np.int32)
+            source[: len(copies.source)] = copies.source
+            target[: len(copies.target)] = copies.target
+            layers = self.model.text.layers
+            self._kv = steps.copy_pages(self._kv, layers, source, target)
+            self._counters["copied_pages"] += len(copies.source)
+            copies.source.clear()
+            copies.target.clear()
+
+    def _run_extension(self, parts, first_rows: dict[str, int]) -> None:
+        """Feeds parts (trajectory, start, end), whose pictures' features lie at `first_rows`."""
+        rows, size = self.config.extend_rows, self.config.extend_tokens
+        ids = np.zeros((rows, size), np.int32)
+        positions = np.zeros((3, rows, size), np.int32)
+        segments = np.zeros((rows, size), np.int32)
+        feature = np.full((rows, size), -1, np.int32)
+        tables = np.zeros((rows, self._table), np.int32)
+        lengths = np.zeros(rows, np.int32)
+        for i, (sequence, start, end) in enumerate(parts):
+            n = end - start
+            ids[i, :n] = sequence.ids[start:end]
+            positions[:, i, :n] = sequence.positions[:, start:end]
             segments[i, :n] = 1
-            index[i, :n] = f.index[offset : offset + n]
-            rows[i], fresh[i], wake[i] = resume.row, new and offset == 0, offset == last
-            scalars[:, i] = f.pending, f.position, resume.budget, self._sampled[resume.row]
-            keys[i] = self._keys[resume.row]
-        return steps.Extension(
-            rows=rows, ids=ids, positions=positions, segments=segments, image_index=index,
-            fresh=fresh, wake=wake, pending=scalars[0], position=scalars[1], budget=scalars[2],
-            keys=jax.random.wrap_key_data(keys, impl="threefry2x32"), sampled=scalars[3],
+            own = sequence.feature[start:end]
+            at = 0
+            for picture in sequence.pictures:
+                after = at + self.features.size(picture)
+                mine = (own >= at) & (own < after)
+                if mine.any():
+                    feature[i, :n][mine] = own[mine] - at + first_rows[picture.digest]
+                at = after
+            tables[i, : len(sequence.pages)] = sequence.pages
+            lengths[i] = start
+        piece = steps.Extension(ids, positions, segments, feature, tables, lengths)
+        self._kv = steps.extend(self.graph, self.params, self._kv, self.features.array, piece)
+
+    def _decode(self, temperature: float) -> list[SampledTurn]:
+        schedule, config = self.schedule, self.config
+        free = config.rows - schedule.count(Status.RUNNING)
+        for sequence in schedule.having(Status.READY)[:free]:
+            schedule.turn(sequence, Status.RUNNING)
+        running, busy = [], set()
+        for sequence in sorted(schedule.having(Status.RUNNING), key=lambda s: s.number):
+            if sequence.status is not Status.RUNNING:  # has just lost its pages to a senior
+                continue
+            most = min(config.decode_steps, sequence.left, config.slots - sequence.cached)
+            if schedule.room(sequence, sequence.cached + most, busy):
+                running.append(sequence)
+                busy.add(sequence.number)
+            else:
+                schedule.turn(sequence, Status.READY)
+        if not running:
+            return []
+        self._run_copies(schedule.copies)
+        waits = schedule.count(Status.READY) + schedule.count(Status.FEEDING)
+        patience = min(config.refill, len(running)) if waits else config.rows + 1
+        return self._harvest(running, self._run_decode(running, temperature, patience))
+
+    def _run_decode(self, running: list[Sequence], temperature: float, patience: int):
+        count = self.config.rows
+        scalars = np.zeros((5, count), np.int32)
+        keys = np.zeros((count, 2), np.uint32)
+        tables = np.zeros((count, self._table), np.int32)
+        for i, s in enumerate(running):
+            last = s.known - 1
+            scalars[:, i] = s.ids[last], s.positions[0, last], s.cached, s.left, s.sampled
+            keys[i] = s.key
+            tables[i, : len(s.pages)] = s.pages
+        rows = steps.Rows(*scalars, keys=keys, tables=tables)
+        self._kv, sampled = steps.decode(
+            self.graph, self.params, self._kv, rows, np.float32(temperature), np.int32(patience),
+            self.eos_ids, self.config.decode_steps,
         )  # fmt: skip
+        return jax.device_get(sampled)  # the one copy of a look to the host
 
-    def _encode(self, pictures: list[Picture]) -> dict[str, int]:
-        """Sees to it that the pool holds the pictures' features; returns their first rows."""
-        c = self.config
-        unique = {p.digest: p for p in pictures}
-        bucket = c.patches // self.model.vision.merge_size**2
-        missing = [p for d, p in unique.items() if d not in self._pool]
-        batches = self._batches(missing)
-        if self._pool_used + bucket * len(batches) > c.feature_rows:
-            self._pool.clear()
-            self._pool_used = 0
-            missing = list(unique.values())
-            batches = self._batches(missing)
-            if bucket * len(batches) > c.feature_rows:
-                raise ValueError(
-                    f"{len(missing)} pictures at once need {bucket * len(batches)} rows of the "
-                    f"feature pool, engine.feature_rows is {c.feature_rows}"
+    def _harvest(self, running: list[Sequence], sampled: steps.Sampled) -> list[SampledTurn]:
+        turns = []
+        self._counters["decode_steps"] += int(sampled.steps)
+        self._counters["row_steps"] += int(sampled.steps) * self.config.rows
+        for i, sequence in enumerate(running):
+            n = int(sampled.counts[i])
+            self._counters["sampled_tokens"] += n
+            sequence.append_sampled(sampled.ids[i, :n], sampled.logprobs[i, :n], self.version)
+            if sampled.active[i]:
+                continue
+            self.schedule.turn(sequence, Status.PAUSED)
+            self.schedule.trim(sequence)
+            turns.append(
+                SampledTurn(
+                    number=sequence.number,
+                    ids=np.asarray(sequence.turn_ids, np.int32),
+                    logprobs=np.asarray(sequence.turn_logprobs, np.float32),
+                    versions=np.asarray(sequence.turn_versions, np.int32),
+                    stopped=sequence.turn_ids[-1] in self.eos_ids,
                 )
-        for batch in batches:
-            vision = layout.vision_inputs(
-                batch, self.model.vision, patches=c.patches, pictures_bucket=c.pictures,
-                frame=c.picture_patches,
-            )  # fmt: skip
-            features = steps.encode(
-                self.graph, self.params, self._state.features, vision, np.int32(self._pool_used)
             )
-            self._state = dataclasses.replace(self._state, features=features)
-            used = self._pool_used
-            for picture in batch:
-                self._pool[picture.digest] = used
-                used += self._merged(picture)
-            self._pool_used = used
-        return self._pool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fed:
-    ids: np.ndarray  # [n] tokens that go into the cache
-    positions: np.ndarray  # [3, n]
-    index: np.ndarray  # [n] rows of the feature pool, -1 for text
-    pending: int
-    position: int
+            sequence.turn_ids, sequence.turn_logprobs, sequence.turn_versions = [], [], []
+        return turns

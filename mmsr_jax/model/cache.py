@@ -13,6 +13,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from mmsr_jax.parallel.rules import Placement
+
 PAGE = 32  # slots a page, unless somebody says otherwise
 
 
@@ -53,6 +55,15 @@ def write(kv: jax.Array, first: jax.Array, page, slot, k: jax.Array, v: jax.Arra
     # A negative index would count from the end: past the end it is dropped.
     index = jnp.where(page < 0, kv.shape[0], first + page)
     return kv.at[index, slot].set(new, mode="drop", unique_indices=False)
+
+
+def sharding(place: Placement, shape: tuple[int, ...]):
+    """How a pool of `shape` [L * P, S, 2K, H] lies on a mesh: heads are split, pages are not.
+
+    Any row may hold any page. A key and its value stay together: whole heads are split or nothing.
+    """
+    heads = (shape[0], shape[1], shape[2] // 2, shape[3])
+    return place.of((None, "length", "kv_heads", "head"), heads)
 
 
 def copy_pages(kv: jax.Array, layers: int, source: jax.Array, target: jax.Array) -> jax.Array:

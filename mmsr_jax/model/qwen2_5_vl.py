@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from mmsr_jax.model import cache as cache_lib
 from mmsr_jax.model import lora as lora_lib
 from mmsr_jax.model.cache import PAGE, Cache
 from mmsr_jax.model.config import ModelConfig
@@ -157,15 +158,10 @@ def init_pages(
     mesh: Mesh | None = None,
     rules: Rules = ROLLOUT_RULES,
 ) -> jax.Array:
-    """A pool of `pages` pages of `page` slots for every layer: [L * P, S, 2K, H] of zeros.
-
-    On a mesh heads are split, pages are not: any row may hold any page.
-    """
-    text, place = config.text, Placement(mesh, rules)
+    """A pool of `pages` pages of `page` slots for every layer: [L * P, S, 2K, H] of zeros."""
+    text = config.text
     shape = (text.layers * pages, page, 2 * text.kv_heads, text.head_dim)
-    # A key and its value stay together: whole heads are split, or nothing.
-    whole = (text.layers * pages, page, text.kv_heads, text.head_dim)
-    sharding = place.of((None, "length", "kv_heads", "head"), whole)
+    sharding = cache_lib.sharding(Placement(mesh, rules), shape)
     return jnp.zeros(shape, config.dtype, device=sharding)
 
 

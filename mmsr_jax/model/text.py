@@ -6,7 +6,7 @@ from flax import nnx
 
 from mmsr_jax.model import rope
 from mmsr_jax.model.attention import attend_cached, bind
-from mmsr_jax.model.cache import Cache, places, write
+from mmsr_jax.model.cache import Cache, places, sharding, write
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.model.layers import Dense, Embedding, GatedMLP, RMSNorm
 from mmsr_jax.parallel.rules import Placement
@@ -182,4 +182,6 @@ class TextModel(nnx.Module):
         for layer_params in apart or ():
             carry, _ = body(carry, layer_params)
         x, kv, _ = carry
+        if self.place.mesh is not None:  # as it came: a donated pool is used in place
+            kv = jax.lax.with_sharding_constraint(kv, sharding(self.place, kv.shape))
         return x, Cache(kv=kv, tables=cache.tables, lengths=grown)

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from mmsr_jax.agent.rollout import Ask, rollout
-from mmsr_jax.engine.engine import SampledTurn, stream
+from mmsr_jax.agent.rollout import Ask, Rollouts, rollout
+from mmsr_jax.engine.requests import SampledTurn, stream
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.toolbox import Toolbox
 from mmsr_jax.types import Author, Ending, ResultItem
@@ -20,61 +20,61 @@ SEED = 7
 
 
 class Actor:
-    """Has the Engine's face; a row speaks the lines of the example that its stream names."""
+    """Has the Engine's face; a trajectory speaks the lines that its stream names."""
 
-    def __init__(self, tiny, rows, script, seed=0):
-        self.config = dataclasses.replace(tiny.engine_config, rows=rows)
+    version = 1
+
+    def __init__(self, tiny, flight, script, seed=0):
+        self.flight = flight
         self.tokenizer, self.script = tiny.tokenizer, script
         self.rng = np.random.default_rng(seed)
-        self.free, self.said, self.awake, self.budgets = list(range(rows)), {}, set(), []
-        self.admitted, self.most, self.looks = [], 0, 0
+        self.said, self.awake, self.budgets = {}, set(), []
+        self.submitted, self.most, self.looks, self.next = [], 0, 0, 0
 
     @property
-    def free_rows(self):
-        return len(self.free)
-
-    @property
-    def running(self):
+    def busy(self):
         return bool(self.awake)
 
-    def admit(self, requests):
-        out = []
-        for request in requests:
-            self.admitted.append(tuple(map(tuple, request.streams)))
-            rows = [self.free.pop() for _ in request.streams]
-            for row, key in zip(rows, request.streams, strict=True):
-                self.said[row] = [tuple(key), 0]
-            self.awake |= set(rows)
-            self.budgets.append(request.budget)
-            out.append(rows)
-        self.most = max(self.most, len(self.said))
-        return out
+    @property
+    def live(self):
+        return len(self.said)
 
-    def decode(self, temperature):
+    def submit(self, request):
+        self.submitted.append(tuple(map(tuple, request.streams)))
+        numbers = []
+        for key in request.streams:
+            self.said[self.next] = [tuple(key), 0]
+            numbers.append(self.next)
+            self.next += 1
+        self.awake |= set(numbers)
+        self.budgets.append(request.budget)
+        self.most = max(self.most, len(self.said))
+        return tuple(numbers)
+
+    def step(self, temperature):
         self.looks += 1
         turns = []
-        for row in sorted(self.awake):
+        for number in sorted(self.awake):
             if self.rng.random() < 0.5:
                 continue
-            key, spoken = self.said[row]
+            key, spoken = self.said[number]
             text = self.script[key][spoken]
             ids = np.asarray([*self.tokenizer.encode(text), self.tokenizer.im_end])
-            turns.append(SampledTurn(row, ids, -np.ones(ids.size), True))
-            self.said[row][1] += 1
-            self.awake.discard(row)
+            turns.append(
+                SampledTurn(number, ids, -np.ones(ids.size), np.ones(ids.size, np.int32), True)
+            )
+            self.said[number][1] += 1
+            self.awake.discard(number)
         return turns
 
-    def extend(self, resumes):
-        assert [r.row for r in resumes] == sorted(r.row for r in resumes)
-        for resume in resumes:
-            assert resume.row in self.said and resume.row not in self.awake
-            assert resume.tokens.authors.tolist() == [Author.TOOL] * len(resume.tokens)
-            self.awake.add(resume.row)
-            self.budgets.append(resume.budget)
+    def resume(self, resume):
+        assert resume.number in self.said and resume.number not in self.awake
+        assert resume.tokens.authors.tolist() == [Author.TOOL] * len(resume.tokens)
+        self.awake.add(resume.number)
+        self.budgets.append(resume.budget)
 
-    def release(self, row):
-        del self.said[row]
-        self.free.append(row)
+    def release(self, number):
+        del self.said[number]
 
 
 class Dawdle:
@@ -107,7 +107,7 @@ def scripted(tiny, lines, visit=0):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("rows", [3, 20])  # trajectories in flight
 def test_every_sample_comes_back_in_its_place(tiny, rows, seed):
     rng = np.random.default_rng(seed)
     lines = {}
@@ -140,19 +140,38 @@ def test_every_sample_comes_back_in_its_place(tiny, rows, seed):
             shown = [turn.text for turn in t.turns if turn.result]
             for call, text in zip(calls, shown, strict=True):
                 assert f"echo {call.query or 'picture'}" in text
-    assert actor.free_rows == rows and actor.most <= rows
+    assert not actor.live and actor.most <= rows
     assert set(timings) == {"rollout", "tools_wait"}
     assert 0 <= timings["tools_wait"] <= timings["rollout"]
 
 
-def test_a_group_larger_than_the_engine_is_played_in_parts(tiny):
+def test_a_group_larger_than_the_flight_enters_an_empty_engine(tiny):
     lines = {"big": [[ANSWER.format(n)] for n in range(8)], "small": [[ANSWER.format("x")]]}
     asks, script = scripted(tiny, lines)
     actor = Actor(tiny, 3, script)
     with toolbox() as box:
         groups, _ = rollout(actor, box, asks, tiny.setting, seed=SEED, temperature=1.0)
     assert [t.responses[0] for t in groups[0]] == [ANSWER.format(n) for n in range(8)]
-    assert [len(streams) for streams in actor.admitted] == [3, 3, 2, 1]
+    assert [len(streams) for streams in actor.submitted] == [8, 1]
+
+
+def test_groups_come_out_as_they_become_complete(tiny):
+    """The first question's search hangs; the others do not wait for it."""
+    late, early = [IMAGE, ANSWER.format(1)], [ANSWER.format(0)]
+    asks, script = scripted(tiny, {"late": [late], "a": [early, early], "b": [early]})
+    with toolbox(seconds=1.0, seed=1) as box:
+        rollouts = Rollouts(Actor(tiny, 9, script), box, tiny.setting, seed=SEED, temperature=1.0)
+        tickets = [rollouts.add(ask) for ask in asks]
+        groups = rollouts.groups()
+        first = [next(groups)[0], next(groups)[0]]
+        assert sorted(first) == tickets[1:] and set(rollouts.unfinished) == {tickets[0]}
+        # A question that is added later is played beside the one that hangs.
+        more, lines = scripted(tiny, {"c": [early]})
+        script |= lines
+        ticket = rollouts.add(more[0])
+        assert next(groups)[0] == ticket
+        assert next(groups)[0] == tickets[0] and not rollouts.unfinished
+        assert list(groups) == []
 
 
 def test_streams_are_named_by_seed_example_visit_and_sample(tiny):
@@ -160,7 +179,7 @@ def test_streams_are_named_by_seed_example_visit_and_sample(tiny):
     actor = Actor(tiny, 4, script)
     with toolbox() as box:
         rollout(actor, box, asks, tiny.setting, seed=SEED, temperature=1.0)
-    assert actor.admitted == [tuple(tuple(stream(SEED, "e", 5, s)) for s in range(2))]
+    assert actor.submitted == [tuple(tuple(stream(SEED, "e", 5, s)) for s in range(2))]
 
 
 def test_failed_tools_are_told_and_the_episode_goes_on(tiny):
@@ -184,7 +203,7 @@ def test_an_episode_whose_results_do_not_fit_ends_and_gives_its_row_back(tiny):
         groups, _ = rollout(actor, box, asks, tight, seed=SEED, temperature=1.0)
     assert [g[0].ending for g in groups] == [Ending.TOKEN_LIMIT, Ending.ANSWERED]
     assert all(len(g[0].tokens) <= tight.max_tokens for g in groups)
-    assert actor.free_rows == 1
+    assert not actor.live
 
 
 def test_questions_that_cannot_be_asked_are_reported(tiny):
@@ -206,7 +225,7 @@ def test_questions_that_cannot_be_asked_are_reported(tiny):
 
 
 def test_waiting_for_tools_costs_no_looks(tiny):
-    """A row is free, but the next group needs two: there is nothing to do but wait."""
+    """One more may fly, but the next group is of two: there is nothing to do but wait."""
     late = [IMAGE, ANSWER.format(1)]
     asks, script = scripted(tiny, {"a": [late, late, [ANSWER.format(0)]], "b": [late, late]})
     actor = Actor(tiny, 3, script)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mmsr_jax.engine.engine import Request, Resume, stream
+from mmsr_jax.engine.requests import Request, Resume, stream
 from mmsr_jax.inputs import chat
 
 
@@ -37,39 +37,44 @@ def plans(tiny) -> list[Plan]:
 
 @pytest.fixture(scope="session")
 def play(tiny):
-    """play(engine, plans) -> Tokens of each whole conversation; rows are given back."""
+    """play(engine, plans) -> Tokens of each whole conversation; every page is given back."""
 
-    def run(engine, plans, temperature=1.0, arrival=None):
-        """`arrival`: a numpy generator that makes tools answer late and in any order."""
-        requests = [Request(tiny.prompt(*p.first), (stream(*p.key),), p.budgets[0]) for p in plans]
-        rows = [row for (row,) in engine.admit(requests)]
-        said = {row: (request.prompt, 0) for row, request in zip(rows, requests, strict=True)}
+    def run(engine, plans, temperature=1.0, arrival=None, samples=1):
+        """`arrival`: a numpy generator that makes tools answer late and in any order.
+
+        With `samples` > 1 each plan is played so many times, from one prompt.
+        """
+        free = engine.free_pages
+        said, plan_of = {}, {}
+        for plan in plans:
+            keys = [stream(*plan.key, *((n,) if samples > 1 else ())) for n in range(samples)]
+            request = Request(tiny.prompt(*plan.first), tuple(keys), plan.budgets[0])
+            for number in engine.submit(request):
+                said[number], plan_of[number] = (request.prompt, 0), plan
         paused = []
-        while engine.running or paused:
-            for turn in engine.decode(temperature):
-                tokens, spoken = said[turn.row]
+        while engine.busy or paused:
+            for turn in engine.step(temperature):
+                tokens, spoken = said[turn.number]
                 piece = chat.model_turn(turn.ids, turn.logprobs, tokens.next_position)
-                said[turn.row] = (chat.join(tokens, piece), spoken + 1)
-                if spoken < len(plans[rows.index(turn.row)].tools):
-                    paused.append(turn.row)
-            woken = [row for row in paused if arrival is None or arrival.random() < 0.4]
+                said[turn.number] = (chat.join(tokens, piece), spoken + 1)
+                if spoken < len(plan_of[turn.number].tools):
+                    paused.append(turn.number)
+            woken = [number for number in paused if arrival is None or arrival.random() < 0.4]
             if arrival is not None:
                 arrival.shuffle(woken)
-            resumes = []
-            for row in woken:
-                paused.remove(row)
-                tokens, spoken = said[row]
-                plan = plans[rows.index(row)]
+            for number in woken:
+                paused.remove(number)
+                tokens, spoken = said[number]
+                plan = plan_of[number]
                 piece = tiny.tool(tokens, *plan.tools[spoken - 1])
-                said[row] = (chat.join(tokens, piece), spoken)
-                pictures = said[row][0].pictures
-                resumes.append(Resume(row, piece, pictures, plan.budgets[spoken]))
-            if resumes:
-                engine.extend(resumes)
-        for row in rows:
-            assert engine.length(row) == len(said[row][0])
-            engine.release(row)
-        return [said[row][0] for row in rows]
+                said[number] = (chat.join(tokens, piece), spoken)
+                pictures = said[number][0].pictures
+                engine.resume(Resume(number, piece, pictures, plan.budgets[spoken]))
+        for number, (tokens, _) in said.items():
+            assert engine.length(number) == len(tokens)
+            engine.release(number)
+        assert engine.free_pages == free
+        return [tokens for tokens, _ in said.values()]
 
     return run
 

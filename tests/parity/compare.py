@@ -13,7 +13,8 @@ import random_talks
 import torch
 from safetensors.torch import save_file
 
-from mmsr_jax.engine.engine import Engine, EngineConfig, Request, Resume, stream
+from mmsr_jax.engine.engine import Engine, EngineConfig
+from mmsr_jax.engine.requests import Request, Resume, stream
 from mmsr_jax.model import qwen2_5_vl
 from mmsr_jax.train import sft
 from mmsr_jax.train.assemble import PackConfig, Piece, assemble
@@ -143,18 +144,16 @@ class Case:
         )  # fmt: skip
         engine = Engine(self.graph, self.config, config, ())
         engine.set_params(self.params)
-        admitted = engine.admit(
-            [Request(t, (stream(n),), first) for n, (t, _) in enumerate(self.rows)]
-        )
-        rows = [row for (row,) in admitted]
+        rows = [
+            engine.submit(Request(t, (stream(n),), first))[0] for n, (t, _) in enumerate(self.rows)
+        ]
         said = _said(engine, rows)
         turns = [self._beside(said, self.rows, first)]
-        talks, resumes = [], []
+        talks = []
         for row, talk, ids in zip(rows, self.talks, said, strict=True):
             reply, whole = random_talks.go_on(talk, ids, self.tokenizer)
             talks.append((whole, talk.images + talk.reply_images))
-            resumes.append(Resume(row, reply, whole.pictures, second))
-        engine.extend(resumes)
+            engine.resume(Resume(row, reply, whole.pictures, second))
         turns.append(self._beside(_said(engine, rows), talks, second))
         return turns
 
@@ -165,10 +164,10 @@ class Case:
 
 
 def _said(engine: Engine, rows: list[int]) -> list[np.ndarray]:
-    """What each row says until it pauses, by row."""
+    """What each trajectory says until it pauses."""
     found = {}
-    while engine.running:
-        found |= {turn.row: turn.ids for turn in engine.decode(0.0)}
+    while engine.busy:
+        found |= {turn.number: turn.ids for turn in engine.step(0.0)}
     return [found[row] for row in rows]
 
 

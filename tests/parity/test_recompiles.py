@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import random_talks
 
-from mmsr_jax.engine.engine import Engine, EngineConfig, Request, Resume, stream
+from mmsr_jax.engine.engine import Engine, EngineConfig
+from mmsr_jax.engine.requests import Request, Resume, stream
 from mmsr_jax.inputs import layout
 from mmsr_jax.inputs.images import ImageConfig
 from mmsr_jax.inputs.pad import ladder
@@ -44,7 +45,7 @@ def test_training_compiles_one_program(tiny, batches):
 
 
 def test_the_engine_compiles_a_program_for_each_thing_it_does(tiny, batches):
-    """Encode, extend, fork, decode: one bucket each, whatever comes in."""
+    """Encode, extend, copy pages, decode: one bucket each, whatever comes in."""
     config = EngineConfig(
         rows=8, slots=320, turn_tokens=5, decode_steps=3, extend_rows=3, extend_tokens=40,
         patches=160, pictures=5, picture_patches=80, feature_rows=1000,
@@ -56,20 +57,19 @@ def test_the_engine_compiles_a_program_for_each_thing_it_does(tiny, batches):
     for batch in batches:
         talks = batch[: rng.integers(1, 5)]
         streams = [tuple(map(stream, range(rng.integers(1, 3)))) for _ in talks]
-        requests = [Request(t.tokens, s, 5) for t, s in zip(talks, streams, strict=True)]
-        rows = engine.admit(requests)
+        groups = [
+            engine.submit(Request(t.tokens, s, 5)) for t, s in zip(talks, streams, strict=True)
+        ]
         said = {}
-        while engine.running:
-            said |= {turn.row: turn.ids for turn in engine.decode(1.0)}
-        resumes = []
-        for talk, (row, *_) in zip(talks, rows, strict=True):
-            reply, whole = random_talks.go_on(talk, said[row], tiny.tokenizer)
-            resumes.append(Resume(row, reply, whole.pictures, 2))
-        engine.extend(resumes)
-        while engine.running:
-            engine.decode(0.0)
-        for row in sum(rows, []):
-            engine.release(row)
+        while engine.busy:
+            said |= {turn.number: turn.ids for turn in engine.step(1.0)}
+        for talk, (number, *_) in zip(talks, groups, strict=True):
+            reply, whole = random_talks.go_on(talk, said[number], tiny.tokenizer)
+            engine.resume(Resume(number, reply, whole.pictures, 2))
+        while engine.busy:
+            engine.step(0.0)
+        for number in sum(groups, ()):
+            engine.release(number)
     assert engine.counters["prefill_tokens"] > 50 * BATCHES
     assert compiles.count() - before == 4
 
