@@ -137,8 +137,9 @@ def decode(graph, params, state: State, temperature, eos_ids: tuple[int, ...], s
             image_index=jnp.full((rows, 1), -1, jnp.int32),
             vision=None,
         )
-        out = qwen.forward(graph, params, inputs, state.cache)
-        token, logprob = choose(out.logits[:, 0], state.keys, state.sampled, temperature)
+        out = qwen.forward(graph, params, inputs, state.cache, logits=False)
+        logits = qwen.token_logits(graph, params, out.hidden[:, 0])
+        token, logprob = choose(logits, state.keys, state.sampled, temperature)
         # Rows that are not active write out of range, which JAX drops.
         slot = jnp.where(active, state.turn_length, state.turn_ids.shape[1])
         grow = active.astype(jnp.int32)

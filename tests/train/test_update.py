@@ -21,13 +21,6 @@ def fixed(tiny):
     return Fixed(tiny.graph, tiny.model, tiny.pack, tiny.transform)
 
 
-@pytest.fixture(scope="module")
-def groups(pieces):
-    """Two groups of three with rewards."""
-    talks = [p.tokens for p in pieces]
-    return [(talks[:3], [1.0, 0.0, 0.1]), (talks[3:], [0.91, 0.91, 0.0])]
-
-
 def fresh(tiny, fixed):
     return state_lib.create(tiny.params(), fixed.transform)
 
@@ -46,9 +39,9 @@ def test_sft_lowers_the_loss_of_what_it_learns(tiny, fixed, pieces):
 def scores(tiny, params, groups):
     """Mean log-prob of each conversation's own tokens."""
     out = []
-    for tokens, _ in groups:
-        for t in tokens:
-            (batch,) = assemble([Piece(t)], tiny.model, tiny.pack, aggregate="token")
+    for trajectories, _ in groups:
+        for t in trajectories:
+            (batch,) = assemble([Piece(t.tokens)], tiny.model, tiny.pack, aggregate="token")
             logp = step.logprobs(tiny.graph, params, batch, np.float32(1))
             out.append(float((logp * batch.weights).sum()))
     return np.asarray(out)
@@ -65,7 +58,7 @@ def test_grpo_prefers_what_was_rewarded(tiny, fixed, groups):
 
 
 def test_groups_of_equal_rewards_teach_nothing(tiny, fixed, groups):
-    even = [(tokens, [0.5] * 3) for tokens, _ in groups]
+    even = [(trajectories, [0.5] * 3) for trajectories, _ in groups]
     _, values, _ = grpo_update(fixed, CONFIG, fresh(tiny, fixed), tiny.params(), even)
     assert values["policy_loss"] == 0
     assert values["grad_norm"] < 1e-5  # of the KL term, whose slope at the reference is zero
