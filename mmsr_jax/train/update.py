@@ -64,10 +64,11 @@ def grpo_update(
         pieces = []
         for trajectories, rewards in (groups[i] for i in chosen):
             signal = grpo.advantages(np.asarray(rewards), divide_by_std=config.loss.advantage_std)
-            pieces += [
-                Piece(t.tokens, float(a), name=f"example {t.example.id}, sample {t.sample}")
-                for t, a in zip(trajectories, signal, strict=True)
-            ]
+            for t, a in zip(trajectories, signal, strict=True):
+                # Left out by weight 0, not by absence: its log-prob gap is measured all the same.
+                weight = float(grpo.counts(t.ending, config))
+                name = f"example {t.example.id}, sample {t.sample}"
+                pieces.append(Piece(t.tokens, float(a), weight, name))
         aggregate = config.loss.aggregate
         parts.append(assemble(pieces, fixed.model, fixed.pack, aggregate=aggregate))
     if config.updates > 1:  # the policy moves between updates: remember what it was
