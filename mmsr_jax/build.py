@@ -113,6 +113,8 @@ class Job:
             vision_end_token_id=t.vision_end,
             eos_token_id=t.im_end,
             bos_token_id=t.pad_id,
+            unsampled_ids=t.structural_ids,
+            sampled_vocab=t.vocab_size,
         )
 
     @functools.cached_property

@@ -142,7 +142,7 @@ def save(experiment: Experiment, workdir: pathlib.Path) -> None:
 def check_weights(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Whether the weights in a run's folder are those of this experiment.
 
-    How they are computed with (dtype, remat, attention), asked and judged may differ.
+    How they are computed with (dtype, remat, attention), sampled, asked and judged may differ.
 
     Raises:
       ValueError: the run's sizes, tokenizer, starting weights or adapter are others; the message
@@ -150,6 +150,7 @@ def check_weights(experiment: Experiment, workdir: pathlib.Path) -> None:
     """
     run = read(workdir)
     free = {"model.dtype", "model.param_dtype", "model.remat", "model.attention"}
+    free |= {"model.unsampled_ids", "model.sampled_vocab"}  # the tokenizer's
     # The base of an adapter on random weights is made again from the seed.
     seed = ("seed",) if run.lora is not None and not run.weights else ()
     old, new = json.loads(run.to_json()), json.loads(experiment.to_json())

@@ -112,8 +112,9 @@ def decode(
             image_index=jnp.full((count, 1), -1, jnp.int32),
         )
         cache = qwen.Cache(kv=kv, tables=rows.tables, lengths=rows.lengths + counts)
-        out = qwen.forward(graph, params, inputs, cache)
-        token, logprob = choose(out.logits[:, 0], keys, rows.sampled + counts, temperature)
+        out = qwen.forward(graph, params, inputs, cache, logits=False)
+        logits = qwen.token_logits(graph, params, out.hidden[:, 0])
+        token, logprob = choose(logits, keys, rows.sampled + counts, temperature)
         # Rows that are not active write out of range, which JAX drops.
         slot = jnp.where(active, counts, steps)
         ids = ids.at[every, slot].set(token, mode="drop")

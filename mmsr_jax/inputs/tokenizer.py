@@ -124,6 +124,17 @@ class Tokenizer:
         return (self.im_end, self.pad_id)
 
     @functools.cached_property
+    def structural_ids(self) -> tuple[int, ...]:
+        """Special tokens that only the chat template may write: all but `eos_ids`, sorted.
+
+        A model that could say "<|image_pad|>" would speak of a picture that is not there.
+        "<tool_call>" and its like are text to Qwen, not special, and are not among them.
+        """
+        added = self.whole.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special or token.content in SPECIAL}
+        return tuple(sorted(special - set(self.eos_ids)))
+
+    @functools.cached_property
     def image_pad(self) -> int:
         return self.special("<|image_pad|>")
 

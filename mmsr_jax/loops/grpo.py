@@ -60,7 +60,7 @@ def run(job: Job, log: RunLog, params):
                 # 3. Update.
                 began = time.perf_counter()
                 learned = [
-                    ([s.trajectory.tokens for s in group], [s.score.total for s in group])
+                    ([s.trajectory for s in group], [s.score.total for s in group])
                     for group in scored
                 ]
                 state, values, micro = grpo_update(fixed, config, state, reference, learned)

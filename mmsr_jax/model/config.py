@@ -1,8 +1,10 @@
 """Sizes of the model, and the published ones by name. Read real values from config.json."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
+import numpy as np
 
 ATTENTION = ("auto", "xla", "cudnn", "triton", "splash")  # what they do: attention/choose.py
 
@@ -98,6 +100,9 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat: bool = True  # recompute a layer's inside in the backward pass (on CPU faster, too)
     attention: str = "auto"  # one of ATTENTION; any but auto is taken or refused, never replaced
+    # What the model may never say; of the tokenizer, filled in where model and tokenizer meet.
+    unsampled_ids: tuple[int, ...] = ()
+    sampled_vocab: int = 0  # ids from here on stand for no token; 0: all of text.vocab_size do
 
     def __post_init__(self):
         if self.attention not in ATTENTION:
@@ -107,6 +112,27 @@ class ModelConfig:
                 f"vision out_hidden {self.vision.out_hidden} is not text hidden {self.text.hidden}"
             )
         jnp.dtype(self.dtype), jnp.dtype(self.param_dtype)
+        size = self.text.vocab_size
+        if not 0 <= self.sampled_vocab <= size:
+            raise ValueError(f"sampled_vocab {self.sampled_vocab} is not within 0 and {size}")
+        if wrong := [i for i in self.unsampled_ids if not 0 <= i < size]:
+            raise ValueError(f"unsampled_ids {wrong} are no ids of a vocabulary of {size}")
+        if self.eos_token_id in np.flatnonzero(self.unsampled):
+            raise ValueError(f"eos_token_id {self.eos_token_id} is unsampled: no turn could end")
+
+    @property
+    def unsampled(self) -> np.ndarray:
+        """[V] bool, read-only: ids that are never sampled and have no share in log-probs."""
+        return _unsampled(self.text.vocab_size, self.unsampled_ids, self.sampled_vocab)
+
+
+@functools.lru_cache(maxsize=16)
+def _unsampled(size: int, ids: tuple[int, ...], known: int) -> np.ndarray:
+    out = np.zeros(size, bool)
+    out[list(ids)] = True
+    out[known or size :] = True
+    out.setflags(write=False)
+    return out
 
 
 def _published(

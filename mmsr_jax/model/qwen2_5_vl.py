@@ -24,6 +24,10 @@ from mmsr_jax.model.text import TextModel
 from mmsr_jax.model.vision import VisionInputs, VisionModel
 from mmsr_jax.parallel.rules import ROLLOUT_RULES, TRAIN_RULES, Placement, Rules
 
+# The logit of an id that is never sampled. Finite, because 0 (its probability, or the weight of
+# a token that is not trained on) times infinity is no number; at any sane temperature exp is 0.
+NEVER = -1e30
+
 __all__ = [
     "Cache",
     "Inputs",
@@ -35,6 +39,7 @@ __all__ = [
     "init",
     "init_cache",
     "init_pages",
+    "token_logits",
     "unembed",
     "unstack",
 ]
@@ -226,7 +231,7 @@ def forward(
             a row, though parts of it may sit in several rows with one table. Tokens past the last
             slot are lost: the caller keeps count.
         features: image features [M, D] already encoded; then `inputs.vision` is not used.
-        logits: False leaves the vocabulary out (see `unembed`).
+        logits: False leaves the vocabulary out (see `unembed` and `token_logits`).
     """
     model, apart = _merge(graph, params)
     if features is None and inputs.vision is not None:
@@ -236,5 +241,16 @@ def forward(
 
 
 def unembed(graph, params, hidden: jax.Array) -> jax.Array:
-    """Logits float32 [..., V] of hidden states [..., D]."""
+    """Logits float32 [..., V] of hidden states [..., D]: the published model's own."""
     return _merge(graph, params)[0].text.unembed(hidden)
+
+
+def token_logits(graph, params, hidden: jax.Array) -> jax.Array:
+    """`unembed` with `NEVER` at the ids of `ModelConfig.unsampled`: what is sampled from.
+
+    The sampler and the trainer both take it, so that their log-probs mean the same thing. No
+    gradient flows to a logit that is replaced.
+    """
+    text = _merge(graph, params)[0].text
+    logits, never = text.unembed(hidden), text.config.unsampled
+    return jnp.where(never, NEVER, logits) if never.any() else logits

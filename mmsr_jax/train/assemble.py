@@ -36,6 +36,7 @@ class Piece:
     tokens: Tokens
     advantage: float = 0.0
     weight: float = 1.0  # of the whole conversation, relative to the others
+    name: str = ""  # whose it is, for messages
 
 
 def assemble(
@@ -52,11 +53,13 @@ def assemble(
       Micro-batches of numpy arrays.
 
     Raises:
-      ValueError: a conversation longer than a row, with more pictures than fit, or with tokens
-        that stand for pictures it does not have.
+      ValueError: a conversation longer than a row, with more pictures than fit, with tokens
+        that stand for pictures it does not have, or in which the model says what it cannot say.
     """
     if not pieces:
         raise ValueError("nothing to train on: no conversation was given")
+    for number, piece in enumerate(pieces):
+        _check_said(piece, number, model)
     waiting = list(zip(pieces, _weights(pieces, aggregate), strict=True))
     batches = []
     while waiting:
@@ -74,6 +77,23 @@ def assemble(
         waiting = left
         batches.append(micro.finish())
     return batches
+
+
+def _check_said(piece: Piece, number: int, model: ModelConfig) -> None:
+    """An id that is never sampled has no log-prob to learn from: the loss would be 1e30."""
+    said = piece.tokens.ids[piece.tokens.authors == Author.MODEL]
+    if (outside := said[(said < 0) | (said >= model.text.vocab_size)]).size:
+        why = f"outside the vocabulary of {model.text.vocab_size}"
+        said = outside
+    elif (said := said[model.unsampled[said]]).size:
+        why = "never sampled (model.unsampled_ids, sampled_vocab)"
+    else:
+        return
+    name = piece.name or f"conversation {number}"
+    raise ValueError(
+        f"{name}: the model says id {said[0]}, which is {why}; what the model wrote must come "
+        "from its sampler, or from text through the tokenizer"
+    )
 
 
 def _weights(pieces: list[Piece], aggregate: str) -> list[float]:

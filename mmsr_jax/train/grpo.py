@@ -14,6 +14,7 @@ import numpy as np
 from mmsr_jax.train.batch import TrainBatch
 from mmsr_jax.train.logprobs import token_logprobs
 from mmsr_jax.train.optimizer import OptimizerConfig
+from mmsr_jax.types import Ending
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,17 @@ class GRPOConfig:
     group_size: int = 8  # samples a question
     temperature: float = 1.0
     updates: int = 1  # optimiser steps a batch of rollouts is cut into; 1: exactly on-policy
+    # Trajectories that ran into their token limit: learned from as they are, or left out of the
+    # loss (a cut turn says little of the policy); either way their reward counts in their group.
+    truncated: Literal["keep", "mask"] = "keep"
     save_trajectories: int = 8  # of each step, for the report
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+
+
+def counts(ending: Ending, config: GRPOConfig) -> bool:
+    """Whether the tokens of a trajectory that ended so are in the loss."""
+    return config.truncated == "keep" or ending is not Ending.TOKEN_LIMIT
 
 
 def advantages(rewards: np.ndarray, *, divide_by_std: bool = True) -> np.ndarray:

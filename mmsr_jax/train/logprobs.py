@@ -10,13 +10,13 @@ from mmsr_jax.model import qwen2_5_vl as qwen
 
 
 def token_logprobs(graph, params, inputs: qwen.Inputs, targets, temperature=1.0, chunk=2048):
-    """log softmax(logits / temperature) at `targets`, and the entropy, by chunks of tokens.
+    """log softmax(token_logits / temperature) at `targets`, and the entropy, by chunks of tokens.
 
     A chunk's logits are made, used and thrown away, and made again in the backward pass:
     memory is chunk * V instead of B * T * V.
 
     Args:
-      targets: [B, T] int32.
+      targets: [B, T] int32. One that is never sampled gets a huge negative number, finite.
       chunk: tokens a chunk at the most.
 
     Returns:
@@ -34,7 +34,7 @@ def token_logprobs(graph, params, inputs: qwen.Inputs, targets, temperature=1.0,
     @jax.checkpoint
     def one(piece):
         hidden, ids = piece
-        logits = qwen.unembed(graph, params, hidden) / temperature
+        logits = qwen.token_logits(graph, params, hidden) / temperature
         log_all = jax.nn.log_softmax(logits, axis=-1)
         chosen = jnp.take_along_axis(log_all, ids[:, None], axis=-1)[:, 0]
         constant = jax.lax.stop_gradient(log_all)

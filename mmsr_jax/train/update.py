@@ -13,7 +13,7 @@ from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.train import grpo, step
 from mmsr_jax.train.assemble import PackConfig, Piece, assemble
 from mmsr_jax.train.state import TrainState, whole
-from mmsr_jax.types import Tokens
+from mmsr_jax.types import Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,9 @@ def grpo_update(
     config: grpo.GRPOConfig,
     state: TrainState,
     reference,
-    groups: Sequence[tuple[Sequence[Tokens], Sequence[float]]],
+    groups: Sequence[tuple[Sequence[Trajectory], Sequence[float]]],
 ):
-    """`config.updates` optimiser steps on groups of (conversations, rewards).
+    """`config.updates` optimiser steps on groups of (trajectories, rewards).
 
     Args:
       reference: frozen params of the KL term, or None when its weight is 0.
@@ -62,9 +62,13 @@ def grpo_update(
     parts = []
     for chosen in np.array_split(np.arange(len(groups)), config.updates):
         pieces = []
-        for tokens, rewards in (groups[i] for i in chosen):
+        for trajectories, rewards in (groups[i] for i in chosen):
             signal = grpo.advantages(np.asarray(rewards), divide_by_std=config.loss.advantage_std)
-            pieces += [Piece(t, advantage=float(a)) for t, a in zip(tokens, signal, strict=True)]
+            for t, a in zip(trajectories, signal, strict=True):
+                # Left out by weight 0, not by absence: its log-prob gap is measured all the same.
+                weight = float(grpo.counts(t.ending, config))
+                name = f"example {t.example.id}, sample {t.sample}"
+                pieces.append(Piece(t.tokens, float(a), weight, name))
         aggregate = config.loss.aggregate
         parts.append(assemble(pieces, fixed.model, fixed.pack, aggregate=aggregate))
     if config.updates > 1:  # the policy moves between updates: remember what it was

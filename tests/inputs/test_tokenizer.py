@@ -150,3 +150,12 @@ def test_a_vocabulary_too_small_for_bytes_is_refused():
     with pytest.raises(ValueError, match="277 .* 278"):
         tokenizer_lib.train(TEXTS, 277)
     assert tokenizer_lib.train(TEXTS, 278).vocab_size == 278
+
+
+def test_structural_ids_are_the_special_tokens_that_end_no_turn(tokenizer):
+    names = {tokenizer.whole.id_to_token(i) for i in tokenizer.structural_ids}
+    assert names == set(tokenizer_lib.SPECIAL) - {"<|im_end|>", "<|endoftext|>"}
+    assert list(tokenizer.structural_ids) == sorted(tokenizer.structural_ids)
+    assert tokenizer.special("<tool_call>") not in tokenizer.structural_ids
+    for text in TEXTS:
+        assert not set(tokenizer.encode(text)) & set(tokenizer.structural_ids)

@@ -47,3 +47,18 @@ def test_sizes_that_clash_are_named():
         dataclasses.replace(config.vision, window_size=100)
     with pytest.raises(ValueError, match="no preset '8b'"):
         preset("8b")
+
+
+def test_ids_that_are_never_sampled():
+    tiny = preset("tiny")
+    assert not tiny.unsampled.any() and tiny.unsampled.shape == (512,)
+    config = dataclasses.replace(tiny, unsampled_ids=(12, 9), sampled_vocab=500)
+    assert config.unsampled.nonzero()[0].tolist() == [9, 12, *range(500, 512)]
+    for wrong, message in (
+        ({"unsampled_ids": (3, 512)}, r"\[512\] are no ids of a vocabulary of 512"),
+        ({"sampled_vocab": 513}, "sampled_vocab 513 is not within 0 and 512"),
+        ({"unsampled_ids": (2,)}, "eos_token_id 2 is unsampled"),
+        ({"sampled_vocab": 2}, "eos_token_id 2 is unsampled"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(tiny, **wrong)

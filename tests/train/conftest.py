@@ -7,6 +7,7 @@ import pytest
 from mmsr_jax.inputs import layout
 from mmsr_jax.model import qwen2_5_vl as qwen
 from mmsr_jax.train.assemble import Piece
+from mmsr_jax.types import Ending, Trajectory
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +34,16 @@ def pieces(tiny) -> list[Piece]:
         Piece(tokens, advantage=a, weight=w)
         for tokens, a, w in zip(talks, signs, [1, 1, 1, 2, 1, 0.5], strict=True)
     ]
+
+
+@pytest.fixture(scope="session")
+def groups(tiny, pieces):
+    """The pieces as two groups of three trajectories, with rewards."""
+    done = [
+        Trajectory(tiny.example(f"e{n // 3}"), n % 3, p.tokens, (), (), Ending.ANSWERED)
+        for n, p in enumerate(pieces)
+    ]
+    return [(done[:3], [1.0, 0.0, 0.1]), (done[3:], [0.91, 0.91, 0.0])]
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,13 @@ ROWS, LENGTH, WIDTH, VOCABULARY = 3, 17, 8, 30
 
 @pytest.fixture
 def table(monkeypatch):
-    """Weights; `forward` looks them up and `unembed` multiplies by them."""
+    """Weights; `forward` looks them up and `token_logits` multiplies by them."""
     monkeypatch.setattr(
         qwen,
         "forward",
         lambda graph, params, inputs, logits: qwen.Output(params[inputs], None, None),
     )
-    monkeypatch.setattr(qwen, "unembed", lambda graph, params, hidden: hidden @ params.T)
+    monkeypatch.setattr(qwen, "token_logits", lambda graph, params, hidden: hidden @ params.T)
     return jax.random.normal(jax.random.key(0), (VOCABULARY, WIDTH))
 
 

@@ -33,12 +33,6 @@ def fixed(tiny, made):
 
 
 @pytest.fixture(scope="module")
-def groups(pieces):
-    talks = [p.tokens for p in pieces]
-    return [(talks[:3], [1.0, 0.0, 0.1]), (talks[3:], [0.91, 0.91, 0.0])]
-
-
-@pytest.fixture(scope="module")
 def adapter(made):
     """An adapter without a zero in it."""
     rng = np.random.default_rng(1)

@@ -8,10 +8,11 @@ import pytest
 
 from mmsr_jax.parallel import compiles
 from mmsr_jax.train import state as state_lib
-from mmsr_jax.train import step
+from mmsr_jax.train import step, update
 from mmsr_jax.train.assemble import Piece, assemble
-from mmsr_jax.train.grpo import GRPOConfig, LossConfig
+from mmsr_jax.train.grpo import GRPOConfig, LossConfig, advantages
 from mmsr_jax.train.update import Fixed, grpo_update, sft_update
+from mmsr_jax.types import Ending
 
 CONFIG = GRPOConfig(loss=LossConfig(kl_weight=0.1), updates=1)
 
@@ -19,13 +20,6 @@ CONFIG = GRPOConfig(loss=LossConfig(kl_weight=0.1), updates=1)
 @pytest.fixture(scope="module")
 def fixed(tiny):
     return Fixed(tiny.graph, tiny.model, tiny.pack, tiny.transform)
-
-
-@pytest.fixture(scope="module")
-def groups(pieces):
-    """Two groups of three with rewards."""
-    talks = [p.tokens for p in pieces]
-    return [(talks[:3], [1.0, 0.0, 0.1]), (talks[3:], [0.91, 0.91, 0.0])]
 
 
 def fresh(tiny, fixed):
@@ -46,9 +40,9 @@ def test_sft_lowers_the_loss_of_what_it_learns(tiny, fixed, pieces):
 def scores(tiny, params, groups):
     """Mean log-prob of each conversation's own tokens."""
     out = []
-    for tokens, _ in groups:
-        for t in tokens:
-            (batch,) = assemble([Piece(t)], tiny.model, tiny.pack, aggregate="token")
+    for trajectories, _ in groups:
+        for t in trajectories:
+            (batch,) = assemble([Piece(t.tokens)], tiny.model, tiny.pack, aggregate="token")
             logp = step.logprobs(tiny.graph, params, batch, np.float32(1))
             out.append(float((logp * batch.weights).sum()))
     return np.asarray(out)
@@ -65,7 +59,7 @@ def test_grpo_prefers_what_was_rewarded(tiny, fixed, groups):
 
 
 def test_groups_of_equal_rewards_teach_nothing(tiny, fixed, groups):
-    even = [(tokens, [0.5] * 3) for tokens, _ in groups]
+    even = [(trajectories, [0.5] * 3) for trajectories, _ in groups]
     _, values, _ = grpo_update(fixed, CONFIG, fresh(tiny, fixed), tiny.params(), even)
     assert values["policy_loss"] == 0
     assert values["grad_norm"] < 1e-5  # of the KL term, whose slope at the reference is zero
@@ -116,3 +110,56 @@ def test_nothing_compiles_once_every_program_has_run(tiny, fixed, groups, pieces
     many = [p for p in pieces for _ in range(3)]  # several micro-batches
     everything(state, many, [(t * 3, r * 3) for t, r in groups])
     assert compiles.count() == before
+
+
+@pytest.fixture
+def cut(groups):
+    """The groups, two trajectories of the first at their token limit."""
+    (first, rewards), second = groups
+    ended = [dataclasses.replace(t, ending=Ending.TOKEN_LIMIT) for t in first[:2]]
+    return [([*ended, first[2]], rewards), second]
+
+
+def test_truncated_trajectories_are_left_out_of_the_loss_but_not_of_their_group(
+    tiny, fixed, groups, cut, monkeypatch
+):
+    """The update is that of the others alone, with the advantages that all six give."""
+    seen = []
+
+    def watched(pieces, *rest, **fields):
+        seen.extend(assemble(pieces, *rest, **fields))
+        return seen[-1:]
+
+    monkeypatch.setattr(update, "assemble", watched)
+    config, reference = dataclasses.replace(CONFIG, truncated="mask"), tiny.params(1)
+    state, values, _ = grpo_update(fixed, config, fresh(tiny, fixed), reference, cut)
+    (batch,) = seen
+    assert batch.weights.sum() == pytest.approx(1, abs=1e-6)
+    signal = np.concatenate([advantages(np.asarray(r)) for _, r in groups])
+    others = [t.tokens for trajectories, _ in groups for t in trajectories][2:]
+    pieces = [Piece(t, float(a)) for t, a in zip(others, signal[2:], strict=True)]
+    (alone,) = assemble(pieces, tiny.model, tiny.pack, aggregate="token")
+    grads = step.zeros_like(tiny.params())
+    grads, measured = step.accumulate_grpo(
+        tiny.graph, tiny.params(), reference, grads, alone, CONFIG.loss, np.float32(1)
+    )
+    expected, _ = step.apply(tiny.transform, fresh(tiny, fixed), grads)
+    assert values["loss"] == pytest.approx(float(measured["loss"]), rel=1e-5)
+    for left, right in zip(*map(jax.tree.leaves, (state.params, expected.params)), strict=True):
+        np.testing.assert_allclose(left, right, rtol=0, atol=2e-4)
+    # Kept, they change the update.
+    _, kept, _ = grpo_update(fixed, CONFIG, fresh(tiny, fixed), reference, cut)
+    assert abs(kept["loss"] - values["loss"]) > 1e-3
+
+
+def test_a_step_of_truncated_trajectories_alone_teaches_nothing(tiny, fixed, groups):
+    all_cut = [
+        ([dataclasses.replace(t, ending=Ending.TOKEN_LIMIT) for t in trajectories], rewards)
+        for trajectories, rewards in groups
+    ]
+    config = dataclasses.replace(CONFIG, truncated="mask")
+    _, values, _ = grpo_update(fixed, config, fresh(tiny, fixed), tiny.params(1), all_cut)
+    assert values["grad_norm"] == values["loss"] == 0
+    assert values["logprob_gap_max"] > 0  # measured all the same
+    _, values, _ = grpo_update(fixed, CONFIG, fresh(tiny, fixed), tiny.params(1), all_cut)
+    assert values["grad_norm"] > 0.01
