@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import pathlib
 
 import jax
@@ -20,7 +21,8 @@ from mmsr_jax.inputs import tokenizer as tokenizer_lib
 from mmsr_jax.model import lora as lora_lib
 from mmsr_jax.model import qwen2_5_vl as qwen
 from mmsr_jax.model.config import ModelConfig
-from mmsr_jax.parallel.mesh import make_mesh
+from mmsr_jax.parallel.mesh import MeshConfig, make_mesh
+from mmsr_jax.parallel.relayout import relayout
 from mmsr_jax.parallel.rules import ROLLOUT_RULES, TRAIN_RULES
 from mmsr_jax.tools.toolbox import Toolbox
 from mmsr_jax.train import state as state_lib
@@ -147,6 +149,15 @@ class Job:
         return None if mesh.size == 1 else mesh
 
     @functools.cached_property
+    def rollout_mesh(self):
+        """Where this host samples: the training mesh, or its own devices of one over many hosts."""
+        if self.mesh is None or jax.process_count() == 1:
+            return self.mesh
+        own = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
+        # Heads that training splits over more devices than a host has, are split over all it has.
+        return make_mesh(MeshConfig(tensor=math.gcd(self.mesh.shape["tensor"], len(own))), own)
+
+    @functools.cached_property
     def _training(self):
         """Graph and shapes of all weights, with LoRA the adapter's among them."""
         return qwen.abstract(self.model, self.mesh, TRAIN_RULES, self.experiment.lora)
@@ -157,7 +168,7 @@ class Job:
 
     @functools.cached_property
     def _rollout(self):
-        return qwen.abstract(self.model, self.mesh, ROLLOUT_RULES, self.experiment.lora)
+        return qwen.abstract(self.model, self.rollout_mesh, ROLLOUT_RULES, self.experiment.lora)
 
     def fresh_params(self):
         """Where training starts: `weights`, or random ones; laid out over the training mesh."""
@@ -233,30 +244,26 @@ class Job:
     @functools.cached_property
     def engine(self) -> Engine:
         return Engine(
-            self._rollout[0], self.model, self.experiment.engine, self.tokenizer.eos_ids, self.mesh
-        )
+            self._rollout[0], self.model, self.experiment.engine, self.tokenizer.eos_ids,
+            self.rollout_mesh,
+        )  # fmt: skip
 
     @functools.cached_property
     def _rollout_base(self):
         """LoRA's frozen weights as the engine has them, laid out once."""
         if self.base is None:
             return None
-        base = self._laid_out(self.base, lora_lib.split(self._rollout[1])[0])
+        base = relayout(self.base, lora_lib.split(self._rollout[1])[0])
         return qwen.unstack(base) if self.engine.apart else base
 
     def sync(self, params) -> None:
         """Gives the engine what was trained, laid out for rollouts, on the base it knows."""
         shapes = self._rollout[1] if self.base is None else lora_lib.split(self._rollout[1])[1]
-        params = self._laid_out(params, shapes)
+        self.engine.params = None  # the old ones go before the new ones come: never two copies
+        params = relayout(params, shapes)
         if self.base is not None and self.engine.apart:
             params = qwen.unstack(params)  # as the base is, so that the two can be joined
         self.engine.set_params(state_lib.whole(params, self._rollout_base))
-
-    def _laid_out(self, params, shapes):
-        """`params` itself on a single device."""
-        if self.mesh is None:
-            return params
-        return jax.tree.map(lambda p, s: jax.device_put(p, s.sharding), params, shapes)
 
     @functools.cached_property
     def toolbox(self) -> Toolbox:

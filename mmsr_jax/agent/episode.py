@@ -72,7 +72,9 @@ def start(example: Example, sample: int, setting: Setting, forced: str = "") -> 
         ids = np.asarray(setting.tokenizer.encode(forced), np.int32)
         piece = chat.model_turn(ids, np.zeros(ids.size, np.float32), tokens.next_position)
         piece = dataclasses.replace(
-            piece, authors=np.full(ids.size, Author.PROMPT, np.int8)
+            piece,
+            authors=np.full(ids.size, Author.PROMPT, np.int8),
+            versions=np.full(ids.size, -1, np.int32),
         )  # not sampled, hence not trained on
         tokens = chat.join(tokens, piece)
     if len(tokens) >= setting.max_tokens:
@@ -89,7 +91,7 @@ def budget(episode: Episode, setting: Setting) -> int:
 
 
 def said(
-    episode: Episode, ids, logprobs, stopped: bool, setting: Setting
+    episode: Episode, ids, logprobs, stopped: bool, setting: Setting, versions=0
 ) -> tuple[Episode, ToolCall | None]:
     """Takes in a turn of the model.
 
@@ -97,11 +99,12 @@ def said(
       ids: [n] int32 sampled ids, the one that ended the turn included.
       logprobs: [n] float32 of the sampler.
       stopped: the model ended its turn itself.
+      versions: [n] int32, or one for all: number of updates of the policy that sampled each id.
 
     Returns:
       The episode and the tool call to make, or None when the episode has ended.
     """
-    piece = chat.model_turn(ids, logprobs, episode.tokens.next_position)
+    piece = chat.model_turn(ids, logprobs, episode.tokens.next_position, versions)
     text = setting.tokenizer.decode(
         [int(i) for i in ids[: len(ids) - 1 if stopped else len(ids)]], skip_special=False
     )

@@ -60,17 +60,25 @@ def tool_turn(
     return writer.tokens()
 
 
-def model_turn(ids: Sequence[int], logprobs: Sequence[float], start: int) -> Tokens:
+def model_turn(
+    ids: Sequence[int], logprobs: Sequence[float], start: int, versions: Sequence[int] | int = 0
+) -> Tokens:
     """What the sampler produced. An image-pad id in it is text like any other.
 
     Args:
         ids: [T], with the id that ended the turn, if one did.
         logprobs: [T] of the sampler.
         start: M-RoPE position of the first token.
+        versions: number of updates of the policy that sampled each token [T], or all of them.
     """
     ids, logprobs = np.asarray(ids, np.int32), np.asarray(logprobs, np.float32)
     if ids.ndim != 1 or ids.shape != logprobs.shape:
         raise ValueError(f"ids of shape {ids.shape} and log-probs of shape {logprobs.shape}")
+    versions = np.asarray(versions, np.int32)
+    if versions.shape not in ((), ids.shape):
+        raise ValueError(f"ids of shape {ids.shape} and versions of shape {versions.shape}")
+    if (versions < 0).any():
+        raise ValueError(f"version {versions.min()} of a token that a policy sampled is below 0")
     count = ids.size
     line = np.arange(start, start + count, dtype=np.int32)
     return Tokens(
@@ -79,6 +87,7 @@ def model_turn(ids: Sequence[int], logprobs: Sequence[float], start: int) -> Tok
         positions=np.tile(line, (3, 1)),
         image_index=np.full(count, -1, np.int32),
         logprobs=logprobs,
+        versions=np.broadcast_to(versions, ids.shape).copy(),
         pictures=(),
         next_position=start + count,
     )
@@ -118,6 +127,7 @@ def join(*pieces: Tokens) -> Tokens:
         positions=np.concatenate([piece.positions for piece in pieces], axis=1),
         image_index=np.concatenate([piece.image_index for piece in pieces]),
         logprobs=np.concatenate([piece.logprobs for piece in pieces]),
+        versions=np.concatenate([piece.versions for piece in pieces]),
         pictures=tuple(picture for piece in pieces for picture in piece.pictures),
         next_position=position,
     )
@@ -166,6 +176,7 @@ class _Writer:
             positions=np.concatenate(self.positions, axis=1),
             image_index=np.concatenate(self.rows),
             logprobs=np.zeros(ids.size, np.float32),
+            versions=np.full(ids.size, -1, np.int32),
             pictures=tuple(self.pictures),
             next_position=self.position,
         )

@@ -26,7 +26,10 @@ class LossConfig:
     kl_weight: float = 0.001  # beta, weight of the k3 estimate of KL(policy || reference)
     advantage_std: bool = True  # divide by the group's standard deviation (GRPO) or not (Dr.GRPO)
     aggregate: Literal["token", "sequence"] = "token"  # mean over all tokens, or of sequence means
-    sampler_correction: float = 0.0  # cap of the truncated importance weight; 0: none
+    # Cap of the truncated importance weight min(exp(old - sampler), cap) of each token (Yao et al.
+    # 2025, "Your efficient RL framework secretly brings you off-policy RL training"); 0: none.
+    # `old` is the trainer's log-prob at the start of the step. Needed for tokens of older policies.
+    sampler_correction: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +115,7 @@ def loss(
     clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     policy = jnp.maximum(-batch.advantages * ratio, -batch.advantages * clipped)
     gap = jnp.where(batch.mask > 0, old - batch.sampler_logprobs, 0.0)
-    if config.sampler_correction > 0:
+    if config.sampler_correction > 0:  # a constant: no gradient flows into `gap`
         policy = policy * jnp.minimum(jnp.exp(gap), config.sampler_correction)
     per_token = policy
     kl = jnp.zeros_like(policy)

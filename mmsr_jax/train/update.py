@@ -13,7 +13,7 @@ from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.train import grpo, step
 from mmsr_jax.train.assemble import PackConfig, Piece, assemble
 from mmsr_jax.train.state import TrainState, whole
-from mmsr_jax.types import Trajectory
+from mmsr_jax.types import Author, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +50,20 @@ def grpo_update(
     state: TrainState,
     reference,
     groups: Sequence[tuple[Sequence[Trajectory], Sequence[float]]],
+    *,
+    version: int | None = None,
 ):
     """`config.updates` optimiser steps on groups of (trajectories, rewards).
 
     Args:
       reference: frozen params of the KL term, or None when its weight is 0.
+      version: of the policy in `state`, in the count of `Tokens.versions`; with it the tokens' age
+        is measured (`staleness_mean`, `staleness_max`), None where the sampler keeps no count.
 
     Returns: the state, measurements (floats), and the number of micro-batches.
     """
     temperature = np.float32(config.temperature)
+    age = {} if version is None else staleness(groups, version)
     parts = []
     for chosen in np.array_split(np.arange(len(groups)), config.updates):
         pieces = []
@@ -92,4 +97,20 @@ def grpo_update(
         name: float(v) / (1 if name.endswith("_max") else config.updates)
         for name, v in jax.device_get(total).items()
     }
-    return state, values, sum(map(len, parts))
+    return state, values | age, sum(map(len, parts))
+
+
+def staleness(groups, version: int) -> dict[str, float]:
+    """How many updates ago the model's tokens were sampled, over all of them; 0 is on-policy.
+
+    Raises:
+      ValueError: a token of a policy that is still to come.
+    """
+    tokens = [t.tokens for trajectories, _ in groups for t in trajectories]
+    sampled = np.concatenate([t.versions[t.authors == Author.MODEL] for t in tokens])
+    if sampled.size and sampled.max() > version:
+        raise ValueError(f"a token of version {sampled.max()}, the policy is only {version}")
+    ages = version - sampled
+    if not ages.size:
+        return {"staleness_mean": 0.0, "staleness_max": 0.0}
+    return {"staleness_mean": float(ages.mean()), "staleness_max": float(ages.max())}

@@ -186,9 +186,20 @@ def test_join_is_associative_and_takes_empty_pieces():
     whole = chat.join(a, b, c, d)
     empty = chat.model_turn([], [], c.next_position)
     other = chat.join(chat.join(a, b), chat.join(c, empty, d))
-    for field in ("ids", "authors", "positions", "image_index", "logprobs"):
+    for field in ("ids", "authors", "positions", "image_index", "logprobs", "versions"):
         np.testing.assert_array_equal(getattr(whole, field), getattr(other, field))
     assert whole.next_position == other.next_position
+
+
+def test_a_token_remembers_the_policy_that_sampled_it():
+    (a, b, c, d), _ = conversation()
+    later = chat.model_turn(d.ids, d.logprobs, c.next_position, np.arange(len(d)) + 7)
+    tokens = chat.join(a, b, c, later)
+    assert tokens.versions.dtype == np.int32
+    assert ((tokens.versions == -1) == (tokens.authors != Author.MODEL)).all()
+    said = tokens.versions[tokens.authors == Author.MODEL].tolist()
+    assert said == [0] * len(b) + list(range(7, 7 + len(d)))
+    assert chat.model_turn([1, 2], [0.0, 0.0], 0, 5).versions.tolist() == [5, 5]
 
 
 def test_join_refuses_pieces_that_do_not_continue():
@@ -223,6 +234,10 @@ def test_mistakes_are_named():
         chat.prompt((), tokenizer())
     with pytest.raises(ValueError, match="log-probs"):
         chat.model_turn([1, 2], [0.0], 0)
+    with pytest.raises(ValueError, match=r"ids of shape \(2,\) and versions of shape \(1,\)"):
+        chat.model_turn([1, 2], [0.0, 0.0], 0, [3])
+    with pytest.raises(ValueError, match="version -1"):
+        chat.model_turn([1, 2], [0.0, 0.0], 0, [3, -1])
     with pytest.raises(ValueError, match="blocks"):
         chat.prompt((Message("user", (picture(3, 4),)),), tokenizer())
 

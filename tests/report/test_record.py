@@ -27,7 +27,7 @@ def picture(size, format="PNG"):
 
 def trajectory(image, turns=()):
     empty = np.zeros(0, np.int32)
-    tokens = Tokens(empty, empty, np.zeros((3, 0), np.int32), empty, empty, (), 0)
+    tokens = Tokens(empty, empty, np.zeros((3, 0), np.int32), empty, empty, empty, (), 0)
     example = Example("id-1", "Which?", image, ("A", "B"), "flags", "known", "NP")
     return Trajectory(example, 2, tokens, turns, ("x",), Ending.TOOL_BUDGET, 1.5, 0.25)
 

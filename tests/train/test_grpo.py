@@ -136,6 +136,32 @@ def test_the_samplers_correction_is_truncated(monkeypatch):
     assert values["policy_loss"] == pytest.approx(-(2.0 + 0.5) / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_the_samplers_correction_equals_plain_numpy(monkeypatch, on_policy):
+    """Loss and gradient: clipped surrogate times min(exp(old - sampler), cap), a constant."""
+    rng = np.random.default_rng(3)
+    logp, ref = -1 - rng.random(40), -1 - rng.random(40)
+    old = logp if on_policy else logp + 0.3 * rng.normal(size=40)
+    sampler = old - rng.normal(size=40)
+    signal, cap, beta = rng.normal(size=40), 1.5, 0.1
+    config = grpo.LossConfig(kl_weight=beta, sampler_correction=cap)
+    values, slope = measured(
+        monkeypatch, config, logp=logp, old=None if on_policy else old, ref=ref,
+        sampler=sampler, advantages=signal,
+    )  # fmt: skip
+    ratio, weight = np.exp(logp - old), np.minimum(np.exp(old - sampler), cap)
+    assert 5 < (weight == cap).sum() < 35
+    clipped = np.clip(ratio, 0.8, 1.2)
+    policy = weight * -np.minimum(ratio * signal, clipped * signal)
+    kl = np.exp(ref - logp) - (ref - logp) - 1  # not weighted, as in verl
+    assert values["loss"] == pytest.approx((policy + beta * kl).mean(), rel=1e-5)
+    assert values["sampler_ratio"] == pytest.approx(np.exp(old - sampler).mean(), rel=1e-5)
+    inside = (ratio * signal <= clipped * signal) | (ratio == clipped)
+    assert on_policy or 5 < inside.sum() < 35
+    expected = -weight * signal * ratio * inside + beta * (1 - np.exp(ref - logp))
+    np.testing.assert_allclose(slope, expected / 40, rtol=1e-4, atol=1e-6)
+
+
 def test_masked_tokens_count_for_nothing(monkeypatch):
     wild = [-1.0, -90.0, -2.0, 0.0]
     config, mask = grpo.LossConfig(kl_weight=0.5), [1, 0, 1, 0]

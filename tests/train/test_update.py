@@ -12,7 +12,7 @@ from mmsr_jax.train import step, update
 from mmsr_jax.train.assemble import Piece, assemble
 from mmsr_jax.train.grpo import GRPOConfig, LossConfig, advantages
 from mmsr_jax.train.update import Fixed, grpo_update, sft_update
-from mmsr_jax.types import Ending
+from mmsr_jax.types import Author, Ending
 
 CONFIG = GRPOConfig(loss=LossConfig(kl_weight=0.1), updates=1)
 
@@ -163,3 +163,48 @@ def test_a_step_of_truncated_trajectories_alone_teaches_nothing(tiny, fixed, gro
     assert values["logprob_gap_max"] > 0  # measured all the same
     _, values, _ = grpo_update(fixed, CONFIG, fresh(tiny, fixed), tiny.params(1), all_cut)
     assert values["grad_norm"] > 0.01
+
+
+def test_the_age_of_tokens_is_measured(tiny, fixed, groups, cut):
+    def aged(trajectory, ages):
+        """Sampled by policies `ages` updates older than version 9, a turn each in turn."""
+        tokens = trajectory.tokens
+        versions, own = tokens.versions.copy(), tokens.authors == Author.MODEL
+        turns = np.cumsum(np.diff(own.astype(int), prepend=0) == 1)
+        versions[own] = 9 - np.asarray(ages)[turns[own] - 1]
+        return dataclasses.replace(
+            trajectory, tokens=dataclasses.replace(tokens, versions=versions)
+        )
+
+    # Three turns of 9, 10 and 11 tokens; then one of 3, and two of 5 and 6.
+    (a, b, c), rewards = groups[0]
+    mixed = [([aged(a, [2, 1, 0]), aged(b, [0]), aged(c, [4, 0])], rewards)]
+    found = update.staleness(mixed, 9)
+    assert found["staleness_max"] == 4
+    assert found["staleness_mean"] == pytest.approx((2 * 9 + 10 + 4 * 5) / (9 + 10 + 11 + 3 + 11))
+    with pytest.raises(ValueError, match="token of version 9, the policy is only 8"):
+        update.staleness(mixed, 8)
+    _, values, _ = grpo_update(fixed, CONFIG, fresh(tiny, fixed), tiny.params(), mixed, version=9)
+    assert {name: values[name] for name in found} == found
+    _, values, _ = grpo_update(fixed, CONFIG, fresh(tiny, fixed), tiny.params(), cut)
+    assert not found.keys() & values.keys()
+
+
+def test_old_log_probs_are_those_at_the_start_of_the_step(tiny, fixed, groups, monkeypatch):
+    """Of every part of the batch, although the policy has moved when the second is learned."""
+    seen = []
+    accumulate = step.accumulate_grpo
+
+    def watched(graph, params, reference, grads, batch, *rest):
+        seen.append(batch)
+        return accumulate(graph, params, reference, grads, batch, *rest)
+
+    monkeypatch.setattr(step, "accumulate_grpo", watched)
+    twice = dataclasses.replace(CONFIG, updates=2)
+    state, _, _ = grpo_update(fixed, twice, fresh(tiny, fixed), tiny.params(), groups)
+    assert len(seen) == 2
+    for batch in seen:
+        at_start = step.logprobs(tiny.graph, tiny.params(), batch, np.float32(1))
+        np.testing.assert_array_equal(batch.old_logprobs, at_start)
+    after = step.logprobs(tiny.graph, state.params, seen[1], np.float32(1))
+    assert np.abs(seen[1].mask * (after - seen[1].old_logprobs)).max() > 0.05
