@@ -256,14 +256,18 @@ class Job:
         base = relayout(self.base, lora_lib.split(self._rollout[1])[0])
         return qwen.unstack(base) if self.engine.apart else base
 
-    def sync(self, params) -> None:
-        """Gives the engine what was trained, laid out for rollouts, on the base it knows."""
+    def sync(self, params, keep_cache: bool = False) -> None:
+        """Gives the engine what was trained, laid out for rollouts, on the base it knows.
+
+        Args:
+          keep_cache: see `Engine.set_params`.
+        """
         shapes = self._rollout[1] if self.base is None else lora_lib.split(self._rollout[1])[1]
         self.engine.params = None  # the old ones go before the new ones come: never two copies
         params = relayout(params, shapes)
         if self.base is not None and self.engine.apart:
             params = qwen.unstack(params)  # as the base is, so that the two can be joined
-        self.engine.set_params(state_lib.whole(params, self._rollout_base))
+        self.engine.set_params(state_lib.whole(params, self._rollout_base), keep_cache)
 
     @functools.cached_property
     def toolbox(self) -> Toolbox:

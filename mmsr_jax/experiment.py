@@ -8,6 +8,7 @@ from typing import Literal
 
 import pydantic
 
+from mmsr_jax.agent.supply import CarryConfig
 from mmsr_jax.data.flags.lessons import LessonConfig
 from mmsr_jax.data.flags.world import FlagsConfig
 from mmsr_jax.engine.engine import EngineConfig
@@ -77,6 +78,7 @@ class Experiment:
     tools: ToolsConfig = ToolsConfig()
     protocol: Protocol = Protocol()
     engine: EngineConfig = EngineConfig()
+    carry: CarryConfig = CarryConfig()
     reward: RewardConfig = RewardConfig()
     pack: PackConfig = PackConfig()
     sft: SFTConfig = SFTConfig()

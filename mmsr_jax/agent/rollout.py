@@ -82,6 +82,7 @@ class Rollouts:
         self._open: dict[int, _Open] = {}
         self._live: dict[int, _Live] = {}  # by the engine's number
         self._calls: dict[concurrent.futures.Future, int] = {}  # running tool call -> number
+        self._complete: collections.deque[tuple[int, list[Trajectory]]] = collections.deque()
         self._tickets = 0
 
     def add(self, ask: Ask) -> int:
@@ -92,7 +93,7 @@ class Rollouts:
 
     @property
     def unfinished(self) -> dict[int, int]:
-        """Ticket and weight version (engine.version at its start) of each question in flight."""
+        """Ticket and `engine.version` at its start of each question that is not complete."""
         now = self.engine.version
         waiting = {ticket: now for ticket, _ in self._waiting}
         return {ticket: opened.version for ticket, opened in self._open.items()} | waiting
@@ -102,16 +103,25 @@ class Rollouts:
 
         The caller may stop in between and ask again later.
         """
-        while self._waiting or self._open:
-            yield from self._admit()
-            for turn in self.engine.step(self.temperature):
-                yield from self._said(turn)
-            if self._calls and not self.engine.busy and not self._room():
-                start = time.perf_counter()
-                concurrent.futures.wait(self._calls, return_when=concurrent.futures.FIRST_COMPLETED)
-                self.tools_wait += time.perf_counter() - start
-            for future in [f for f in self._calls if f.done()]:
-                yield from self._answered(self._calls.pop(future), future)
+        while True:
+            while self._complete:
+                yield self._complete.popleft()
+            if not (self._waiting or self._open):
+                return
+            self._look()
+
+    def _look(self) -> None:
+        """Moves everything on by one step of the engine, or waits for a tool if nothing can."""
+        while self._room():
+            self._admit(*self._waiting.popleft())
+        for turn in self.engine.step(self.temperature):
+            self._said(turn)
+        if self._calls and not self.engine.busy and not self._complete and not self._room():
+            start = time.perf_counter()
+            concurrent.futures.wait(self._calls, return_when=concurrent.futures.FIRST_COMPLETED)
+            self.tools_wait += time.perf_counter() - start
+        for future in [f for f in self._calls if f.done()]:
+            self._answered(self._calls.pop(future), future)
 
     def _room(self) -> bool:
         """Whether the next question may enter the engine. A large group may enter an empty one."""
@@ -120,49 +130,46 @@ class Rollouts:
         live = self.engine.live
         return not live or live + self._waiting[0][1].samples <= self.engine.flight
 
-    def _admit(self):
-        """Moves waiting questions into the engine, first come first served."""
-        while self._room():
-            ticket, ask = self._waiting.popleft()
-            streams = [stream(self.seed, ask.example.id, ask.visit, s) for s in range(ask.samples)]
-            try:
-                first = episode_lib.start(ask.example, 0, self.setting, ask.forced)
-                budget = episode_lib.budget(first, self.setting)
-                numbers = self.engine.submit(Request(first.tokens, tuple(streams), budget))
-            except ValueError as error:
-                if self.skipped is None:
-                    raise
-                self.skipped(ask, error)
-                yield ticket, []
-                continue
-            version = self.engine.version
-            self._open[ticket] = _Open(ask, version, [None] * ask.samples, ask.samples)
-            now = time.perf_counter()
-            for sample, number in enumerate(numbers):
-                episode = dataclasses.replace(first, sample=sample)
-                self._live[number] = _Live(ticket, episode, now)
+    def _admit(self, ticket: int, ask: Ask) -> None:
+        streams = [stream(self.seed, ask.example.id, ask.visit, s) for s in range(ask.samples)]
+        try:
+            first = episode_lib.start(ask.example, 0, self.setting, ask.forced)
+            budget = episode_lib.budget(first, self.setting)
+            numbers = self.engine.submit(Request(first.tokens, tuple(streams), budget))
+        except ValueError as error:
+            if self.skipped is None:
+                raise
+            self.skipped(ask, error)
+            self._complete.append((ticket, []))
+            return
+        version = self.engine.version
+        self._open[ticket] = _Open(ask, version, [None] * ask.samples, ask.samples)
+        now = time.perf_counter()
+        for sample, number in enumerate(numbers):
+            episode = dataclasses.replace(first, sample=sample)
+            self._live[number] = _Live(ticket, episode, now)
 
-    def _said(self, turn: SampledTurn):
+    def _said(self, turn: SampledTurn) -> None:
         live = self._live[turn.number]
         live.episode, call = episode_lib.said(
-            live.episode, turn.ids, turn.logprobs, turn.stopped, self.setting
+            live.episode, turn.ids, turn.logprobs, turn.stopped, self.setting, turn.versions
         )
         if call is None:
-            yield from self._finish(turn.number)
+            self._finish(turn.number)
         else:
             self._calls[self.toolbox.submit(call)] = turn.number
 
-    def _answered(self, number: int, future: concurrent.futures.Future):
+    def _answered(self, number: int, future: concurrent.futures.Future) -> None:
         live = self._live[number]
         live.episode, piece = episode_lib.answered(live.episode, future.result(), self.setting)
         if piece is None:
-            yield from self._finish(number)
+            self._finish(number)
             return
         room = episode_lib.budget(live.episode, self.setting)
         self.engine.resume(Resume(number, piece, live.episode.tokens.pictures, room))
 
-    def _finish(self, number: int):
-        """Takes an ended trajectory out; yields its group when that is complete."""
+    def _finish(self, number: int) -> None:
+        """Takes an ended trajectory out of the engine; its group may be complete with it."""
         live = self._live.pop(number)
         self.engine.release(number)
         group = self._open[live.ticket]
@@ -172,7 +179,7 @@ class Rollouts:
         self.done(1)
         if not group.missing:
             del self._open[live.ticket]
-            yield live.ticket, group.trajectories
+            self._complete.append((live.ticket, group.trajectories))
 
 
 def rollout(

@@ -2,7 +2,8 @@
 
 import time
 
-from mmsr_jax.agent.rollout import Ask, rollout
+from mmsr_jax.agent.rollout import Ask, Rollouts
+from mmsr_jax.agent.supply import Drawn, Supply
 from mmsr_jax.build import Job
 from mmsr_jax.evaluation.metrics import Scored, training
 from mmsr_jax.logs import RunLog
@@ -12,6 +13,7 @@ from mmsr_jax.rewards.score import score
 from mmsr_jax.train import state as state_lib
 from mmsr_jax.train.optimizer import optimizer, schedule
 from mmsr_jax.train.update import grpo_update
+from mmsr_jax.types import Trajectory
 from mmsr_jax.weights.checkpoint import Checkpoints
 
 
@@ -30,11 +32,12 @@ def run(job: Job, log: RunLog, params):
     with Checkpoints(job.workdir / "checkpoints" / "grpo", e.checkpoint) as checkpoints:
         state = state_lib.create(params, transform, job.mesh)
         stream = job.stream("train", e.data.grpo_categories, e.data.grpo_shares)
+        sampler = _Sampler(job, stream)
         first = 0
         if (restored := checkpoints.restore(state_lib.abstract(state))) is not None:
             state, meta = restored
             first = meta["step"]
-            stream.restore(meta["data"])
+            sampler.restore(meta.get("carried", []), meta["data"])
             job.skipped = meta["skipped"]
         if first == config.steps:
             return state.params
@@ -48,9 +51,9 @@ def run(job: Job, log: RunLog, params):
             for number in range(first, config.steps):
                 # 1. Sample.
                 began = time.perf_counter()
-                job.sync(state.params)
+                job.sync(state.params, keep_cache=e.carry.cache == "keep")
                 synced = time.perf_counter() - began
-                groups, timings, questions = _sample(job, stream, number)
+                groups, sampled = sampler.sample(number)
                 # 2. Score.
                 scored = [
                     [Scored(t, score(list(t.responses), list(t.example.answers), e.reward))
@@ -63,24 +66,22 @@ def run(job: Job, log: RunLog, params):
                     ([s.trajectory for s in group], [s.score.total for s in group])
                     for group in scored
                 ]
-                state, values, micro = grpo_update(fixed, config, state, reference, learned)
+                state, values, micro = grpo_update(
+                    fixed, config, state, reference, learned, version=job.engine.version
+                )
                 took = time.perf_counter() - began
                 # 4. Write down.
                 flat = [s for group in scored for s in group]
                 metrics = (
                     training(flat)
+                    | sampled
                     | {f"train/{k}": v for k, v in values.items()}
                     | {
                         "train/learning_rate": float(rate(number * config.updates)),
                         "train/micro_batches": micro,
                         "data/skipped": job.skipped + stream.skipped,
-                        "data/questions": questions,
                         "time/sync": synced,
                         "time/update": took,
-                        "time/rollout": timings["rollout"],
-                        "time/tools_wait": timings["tools_wait"],
-                        "engine/tokens_per_second": timings["tokens"] / timings["rollout"],
-                        "engine/occupancy": timings["occupancy"],
                         "compile/count": compiles.count(),
                     }
                 )
@@ -93,34 +94,69 @@ def run(job: Job, log: RunLog, params):
                 # 5. Checkpoint.
                 done = number + 1
                 if done % e.checkpoint.every == 0 or done == config.steps:
-                    meta = {"step": done, "data": stream.state(), "skipped": job.skipped}
+                    meta = {
+                        "step": done, "data": stream.state(), "skipped": job.skipped,
+                        "carried": sampler.carried(),
+                    }  # fmt: skip
                     checkpoints.save(done, state, meta)
         return state.params
 
 
-def _sample(job: Job, stream, number: int):
-    """`prompts` groups of trajectories; a question that cannot be asked is replaced and counted."""
-    e = job.experiment
-    groups, total, bad = [], {"rollout": 0.0, "tools_wait": 0.0}, []
-    before = dict(job.engine.counters)
-    asked = 0
-    while len(groups) < e.grpo.prompts:
-        asks = [
-            Ask(next(stream), e.grpo.group_size, visit=number)
-            for _ in range(e.grpo.prompts - len(groups))
-        ]
-        asked += len(asks)
-        new, timings = rollout(
-            job.engine, job.toolbox, asks, job.setting, seed=e.seed,
-            temperature=e.grpo.temperature, skipped=lambda ask, error: bad.append((ask, error)),
+class _Sampler:
+    """Groups of trajectories for one step after another, and what they cost."""
+
+    def __init__(self, job: Job, stream):
+        e = self.experiment = job.experiment
+        e.carry.check(e.grpo.prompts, e.grpo.loss.sampler_correction)
+        self.job, self.stream, self.number = job, stream, 0
+        self.rollouts = Rollouts(
+            job.engine, job.toolbox, job.setting, seed=e.seed, temperature=e.grpo.temperature,
+            skipped=self._skip,
         )  # fmt: skip
-        groups += [group for group in new if group]
-        total = {name: total[name] + timings[name] for name in total}
-        if len(bad) > 10 * e.grpo.prompts:
-            raise RuntimeError(f"{len(bad)} questions in a row cannot be asked: {bad[-1][1]}")
-    job.skipped += len(bad)
-    after = job.engine.counters
-    sampled = after["sampled_tokens"] - before["sampled_tokens"]
-    row_steps = after["row_steps"] - before["row_steps"]
-    total |= {"tokens": sampled, "occupancy": sampled / max(row_steps, 1)}
-    return groups, total, asked
+        self.supply = Supply(self.rollouts, e.carry, e.grpo.prompts, self._draw)
+        self.bad = 0
+
+    def restore(self, carried: list[dict], data: dict) -> None:
+        """Asks again what was in flight, then goes on with the data where it stood."""
+        for question in carried:
+            self.stream.restore(question["origin"])
+            self.supply.add(self._drawn(question["visit"]))
+        self.stream.restore(data)
+
+    def carried(self) -> list[dict]:
+        """What `restore` needs of the questions in flight, as plain JSON."""
+        return [{"origin": d.origin, "visit": d.ask.visit} for d in self.supply.in_flight]
+
+    def sample(self, number: int) -> tuple[list[list[Trajectory]], dict[str, float]]:
+        """The groups of step `number`, and measurements under their names in metrics.jsonl."""
+        self.number, self.bad = number, 0
+        counters, asked = self.job.engine.counters, self.supply.drawn
+        waited, began = self.rollouts.tools_wait, time.perf_counter()
+        groups = self.supply.take()
+        took = time.perf_counter() - began
+        spent = {k: v - counters[k] for k, v in self.job.engine.counters.items()}
+        return groups, {
+            "data/questions": self.supply.drawn - asked,
+            "time/rollout": took,
+            "time/tools_wait": self.rollouts.tools_wait - waited,
+            "engine/tokens_per_second": spent["sampled_tokens"] / took,
+            "engine/occupancy": spent["sampled_tokens"] / max(spent["row_steps"], 1),
+            "engine/prefill_tokens": spent["prefill_tokens"],
+            "engine/prefill_again": spent["again_tokens"],
+            "engine/dropped": spent["dropped"],
+            "rollout/carried": len(self.supply.in_flight),
+        }
+
+    def _draw(self) -> Drawn:
+        return self._drawn(self.number)
+
+    def _drawn(self, visit: int) -> Drawn:
+        origin = self.stream.state()
+        ask = Ask(next(self.stream), self.experiment.grpo.group_size, visit=visit)
+        return Drawn(ask, origin)
+
+    def _skip(self, ask: Ask, error: ValueError) -> None:
+        self.bad += 1
+        self.job.skipped += 1
+        if self.bad > 10 * self.experiment.grpo.prompts:
+            raise RuntimeError(f"{self.bad} questions in a row cannot be asked: {error}")
