@@ -155,6 +155,8 @@ def answered(
     thumbnails = []
     items = []
     for item in result.items:
+        if len(items) == setting.protocol.max_result_items:
+            break  # no more would be shown, however many pictures a tool has sent
         if item.thumbnail is not None:
             try:
                 thumbnails.append(_thumbnail(item.thumbnail, setting.images))

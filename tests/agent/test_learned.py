@@ -171,3 +171,59 @@ def test_given_results_stand_in_for_tools_and_forced_words_are_not_learned(tiny,
     own = played.ids[played.authors == Author.MODEL]
     assert tiny.tokenizer.decode(own) == f"<|im_end|>{ANSWER.format('Porto')}<|im_end|>"
     assert "Porto it is." in tiny.tokenizer.decode(played.ids[played.authors == Author.TOOL])
+
+
+class Faulty(Pages):
+    """Answers the question of one picture badly, all others well."""
+
+    def __init__(self, tiny, name, victim, fault):
+        super().__init__(tiny, name)
+        self.victim, self.fault = victim, fault
+
+    async def run(self, call):
+        if call.image != self.victim:
+            return await super().run(call)
+        if self.fault == "hang":
+            await asyncio.sleep(60)
+        if self.fault == "raise":
+            raise RuntimeError("the roof is on fire")
+        if self.fault == "pictures":
+            return tuple(
+                ResultItem(f"page {n}", thumbnail=self.tiny.png(140, 84, n)) for n in range(50)
+            )
+        return (ResultItem("Portugal", text="Lisbon is the capital. " * 45_000),)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [("hang", "timeout"), ("raise", "roof is on fire"), ("pictures", None), ("megabyte", None)],
+)
+def test_a_faulty_tool_is_the_trouble_of_its_own_episode(tiny, lessons, taught, fault, error):
+    _, params = taught
+    engine = tiny.engine(params, tiny.tokenizer.eos_ids)
+    pages = engine.free_pages
+    asks = [Ask(lesson.example, 2) for lesson in lessons]
+    good = ask(tiny, engine, asks, 1.0)
+    tools = {
+        name: Faulty(tiny, name, lessons[0].example.image, fault)
+        for name in ("image_search", "text_search")
+    }
+    with Toolbox(tools, deadline=0.5) as box:
+        groups, _ = rollout(engine, box, asks, tiny.setting, seed=11, temperature=1.0)
+    assert engine.free_pages == pages and not engine.live
+    for left, right in zip(groups[1:], good[1:], strict=True):
+        for a, b in zip(left, right, strict=True):
+            np.testing.assert_array_equal(a.tokens.ids, b.tokens.ids)
+            np.testing.assert_array_equal(a.tokens.logprobs, b.tokens.logprobs)
+    for trajectory in groups[0]:
+        first = next(turn for turn in trajectory.turns if turn.result)
+        assert len(trajectory.tokens) <= tiny.setting.max_tokens
+        # Every picture that is shown is shown whole.
+        rows = trajectory.tokens.image_index[trajectory.tokens.image_index >= 0]
+        whole = sum(p.patches.shape[0] // 4 for p in trajectory.tokens.pictures)
+        assert rows.tolist() == list(range(whole))
+        if error:
+            assert error in first.result.error and error in first.text
+            assert len(trajectory.responses) > 1  # it went on
+        else:
+            assert len(first.result.items) < 50 and len(first.text) < 2000
