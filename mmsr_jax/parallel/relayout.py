@@ -31,7 +31,8 @@ def relayout(params: dict, shapes: dict, *, chunk_bytes: int = CHUNK_BYTES) -> d
             this process holds every device (or which is the training mesh itself). A leaf without
             a sharding stays where it is.
         chunk_bytes: size of a chunk before it is divided: the most that a device holds beyond its
-            parts of source and result.
+            parts of source and result, between two programs. Inside one, XLA takes scratch: at
+            most twice a chunk more, 7B in float32 from 4 x 2 devices, compiled for a v5p.
 
     Returns: a tree like `shapes`. An array that already lies where it should is shared, not copied.
 

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from mmsr_jax.build import Job
+from mmsr_jax.experiment import Experiment, TokenizerConfig
 from mmsr_jax.model import qwen2_5_vl as qwen
+from mmsr_jax.model.lora import LoRAConfig
 from mmsr_jax.parallel import compiles
 from mmsr_jax.parallel import relayout as relayout_lib
 from mmsr_jax.parallel.mesh import MeshConfig, make_mesh
@@ -89,7 +92,7 @@ ROLLOUT = {  # all devices in one order or the other, or some of them, as a host
 def test_every_number_arrives(layouts, tiny, train, rollout):
     assert jax.device_count() == DEVICES
     params, shapes = layouts(TRAIN[train], ROLLOUT[rollout](TRAIN[train]))
-    assert_arrived(relayout(params, shapes, chunk_bytes=CHUNK), tiny.params(), shapes)
+    assert_arrived(relayout(params, shapes, chunk_bytes=4 * CHUNK), tiny.params(), shapes)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
@@ -174,3 +177,26 @@ def test_from_one_device_to_a_mesh():
     shapes = {"x": jax.ShapeDtypeStruct((8, 8), np.float32, sharding=place)}
     for chunk in (32, 64, 256):
         assert_arrived(relayout({"x": array}, shapes, chunk_bytes=chunk), {"x": value}, shapes)
+
+
+@pytest.mark.parametrize("adapter", [None, LoRAConfig(rank=2, alpha=2.0, targets=("q_proj",))])
+def test_a_job_gives_the_engine_all_of_its_weights(tiny, tmp_path, adapter):
+    tiny.tokenizer.save(tmp_path)
+    job = Job(
+        Experiment(
+            "e", model=tiny.model, lora=adapter, tokenizer=TokenizerConfig(source=str(tmp_path)),
+            mesh=MeshConfig(fsdp=4, tensor=2), engine=tiny.engine_config,
+        ),
+        tmp_path,
+    )  # fmt: skip
+    shapes = qwen.abstract(job.model, job.mesh, ROLLOUT_RULES, adapter)[1]
+    params = job.start()
+    for _ in range(2):  # LoRA's base is laid out once
+        params = jax.tree.map(lambda p: 1.5 * p, params)
+        job.sync(params)
+        assert_arrived(job.engine.params, job.whole(params), shapes)
+    kernel = job.engine.params["text"]["layers"]["mlp"]["gate"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 2
+    missing = {name: tree for name, tree in params.items() if name != "text"}
+    with pytest.raises(ValueError, match="text/layers/.* is not fed"):
+        job.sync(missing)
