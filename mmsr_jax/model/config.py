@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 ATTENTION = ("auto", "xla", "cudnn", "triton", "splash")  # what they do: attention/choose.py
+CACHED_ATTENTION = ("auto", "xla", "ragged", "paged")  # and these: attention/cached.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat: bool = True  # recompute a layer's inside in the backward pass (on CPU faster, too)
     attention: str = "auto"  # one of ATTENTION; any but auto is taken or refused, never replaced
+    cached_attention: str = "auto"  # one of CACHED_ATTENTION: likewise, for decoding and extending
     # What the model may never say; of the tokenizer, filled in where model and tokenizer meet.
     unsampled_ids: tuple[int, ...] = ()
     sampled_vocab: int = 0  # ids from here on stand for no token; 0: all of text.vocab_size do
@@ -107,6 +109,11 @@ class ModelConfig:
     def __post_init__(self):
         if self.attention not in ATTENTION:
             raise ValueError(f"attention {self.attention!r} is none of {', '.join(ATTENTION)}")
+        if self.cached_attention not in CACHED_ATTENTION:
+            raise ValueError(
+                f"cached_attention {self.cached_attention!r} is none of "
+                f"{', '.join(CACHED_ATTENTION)}"
+            )
         if self.vision.out_hidden != self.text.hidden:
             raise ValueError(
                 f"vision out_hidden {self.vision.out_hidden} is not text hidden {self.text.hidden}"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmsr_jax.model import rope
-from mmsr_jax.model.attention import attend_cached, bind
+from mmsr_jax.model.attention import bind, bind_cached
 from mmsr_jax.model.cache import Cache, places, sharding, write
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.model.layers import Dense, Embedding, GatedMLP, RMSNorm
@@ -160,10 +160,14 @@ class TextModel(nnx.Module):
         graph, params = nnx.split(self.layers)
         pages = cache.kv.shape[0] // self.config.text.layers
         page, slot = places(cache, segments)
-        own = cache.lengths[:, None] + jnp.arange(segments.shape[1], dtype=jnp.int32)
         grown = cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
-        # Rows without a new token (paused ones) do not count, however long they are.
-        reach = jnp.max(jnp.where(jnp.any(segments > 0, axis=1), grown, 0))
+        attention = bind_cached(
+            self.config.cached_attention,
+            cache,
+            segments,
+            heads=self.config.text.heads,
+            place=self.place,
+        )
 
         # The pool is a carry, not scanned inputs and outputs: those would be copied every token.
         # All rows write before any reads, so that parts of one conversation may sit in several
@@ -173,8 +177,7 @@ class TextModel(nnx.Module):
             layer = nnx.merge(graph, layer_params)
             q, k, v = layer.before(x, *turn)
             kv = write(kv, first, page, slot, k, v)
-            attended = attend_cached(q, kv, cache.tables, first, own, reach)
-            return (layer.after(x, attended), kv, first + pages), None
+            return (layer.after(x, attention(q, kv, first)), kv, first + pages), None
 
         carry = (x, cache.kv, jnp.int32(0))
         if apart is None:

@@ -62,7 +62,8 @@ def _xla(case: Case) -> str | None:
     return None
 
 
-def _gpu(case: Case) -> str | None:
+def no_cuda(case) -> str | None:
+    """Why a CUDA kernel cannot run where `case` (a `Case` or a `CachedCase`) runs; None: it can."""
     if case.platform != "gpu":
         return f"it runs on GPU, and this program is for {case.platform}"
     if case.capability.startswith("gfx"):
@@ -73,7 +74,7 @@ def _gpu(case: Case) -> str | None:
 
 
 def _cudnn(case: Case) -> str | None:
-    if reason := _gpu(case):
+    if reason := no_cuda(case):
         return reason
     if case.dtype not in ("bfloat16", "float16"):
         return f"it computes in bfloat16 or float16, the model's dtype is {case.dtype}"
@@ -83,7 +84,7 @@ def _cudnn(case: Case) -> str | None:
 
 
 def _triton(case: Case) -> str | None:
-    if reason := _gpu(case):
+    if reason := no_cuda(case):
         return reason
     if case.head_dim > MOST_HEAD_DIM:
         return f"heads may be up to {MOST_HEAD_DIM} wide, they are {case.head_dim}"
