@@ -218,16 +218,10 @@ class Http:
                     if response.status_code in REDIRECTS and "location" in response.headers:
                         there = _redirected(request, url, response)
                     elif 200 <= response.status_code < 300:
-                        body = await read_body(
-                            response.aiter_raw(),
-                            response.headers.get("content-encoding", ""),
-                            response.headers.get("content-length"),
-                            limit,
-                        )
+                        body = await _body(response, limit)
                         final = target.url if target else str(url)
-                        return HttpResponse(
-                            response.status_code, dict(response.headers), body, final
-                        )
+                        head = dict(response.headers)
+                        return HttpResponse(response.status_code, head, body, final)
                     else:
                         raise await _failure(response, request)
             if (there.scheme, there.host, there.port) != (url.scheme, url.host, url.port):
@@ -358,12 +352,24 @@ def _redirected(request: HttpRequest, url: httpx.URL, response: httpx.Response) 
     return there
 
 
+async def _body(response: httpx.Response, limit: int) -> bytes:
+    """The decompressed body. ToolError of `read_body`."""
+    if response.is_stream_consumed:  # a stand-in for the network had it whole
+        return await read_body(_one(response.content), "", None, limit)
+    encoding = response.headers.get("content-encoding", "")
+    length = response.headers.get("content-length")
+    return await read_body(response.aiter_raw(), encoding, length, limit)
+
+
+async def _one(chunk: bytes) -> AsyncIterator[bytes]:
+    yield chunk
+
+
 async def _failure(response: httpx.Response, request: HttpRequest) -> HttpError:
     """The error that a response's status stands for."""
     headers, body = response.headers, b""
     with contextlib.suppress(ToolError, httpx.TransportError):
-        encoding, length = headers.get("content-encoding", ""), headers.get("content-length")
-        body = await read_body(response.aiter_raw(), encoding, length, 64 * MAX_ERROR_BODY)
+        body = await _body(response, 64 * MAX_ERROR_BODY)
     show = not request.public_only  # what a stranger's page says is no error text
     return failure(response.status_code, headers, body, request.secrets, show)
 

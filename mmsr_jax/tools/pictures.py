@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.local import FORMATS
 
-# Without those whose decoder is slow Python (PPM), or that hold a picture larger than they say (ICO).
+# Not PPM, whose decoder is slow Python, nor ICO, which may hold more pixels than it says.
 WEB_FORMATS = tuple(name for name in FORMATS if name not in ("PPM", "ICO"))
 MAX_RATIO = 200  # Qwen2.5-VL takes no picture longer than 200 times its width
 
