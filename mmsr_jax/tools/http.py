@@ -272,20 +272,19 @@ class _Routes:
     ) -> AsyncIterator[httpx.Response]:
         """The response to one request, its body unread."""
         own = {"User-Agent": self._config.user_agent, "Accept-Encoding": ENCODINGS}
-        extensions: dict[str, object] = {"timeout": self._timeouts(call.left())}
-        if target is None:
-            if url.scheme not in ("http", "https") or not url.host:
-                raise HttpError("refused", f"only http and https, not {url.scheme[:20]!r}")
-            response = await self._proxy(url).handle_async_request(
-                _written(request, url, own | headers, extensions)
-            )
-        else:
+        if target is not None:
             url = httpx.URL(target.url)
+            own["Connection"] = "close"
             if url.raw_host.decode("ascii") != target.host:
                 raise HttpError("refused", "a host that can be read in two ways")
-            own["Connection"] = "close"
-            raw = _written(request, url, own | headers, extensions)
+        elif url.scheme not in ("http", "https") or not url.host:
+            raise HttpError("refused", f"only http and https, not {url.scheme[:20]!r}")
+        raw = httpx.Request(request.method, url, headers=own | headers, json=request.json)
+        raw.extensions = {"timeout": self._timeouts(call.left())}
+        if target is not None:
             response = await self._pin(raw, target, call)
+        else:
+            response = await self._proxy(url).handle_async_request(raw)
         try:
             yield response
         finally:
@@ -323,14 +322,6 @@ class _Routes:
     def _timeouts(self, left: float) -> dict[str, float]:
         connect, read = self._config.connect_timeout, self._config.read_timeout
         return {"connect": min(connect, left), "read": read, "write": read, "pool": read}
-
-
-def _written(
-    request: HttpRequest, url: httpx.URL, headers: Mapping[str, str], extensions: dict
-) -> httpx.Request:
-    return httpx.Request(
-        request.method, url, headers=headers, json=request.json, extensions=extensions
-    )
 
 
 def _tls(ca_file: str) -> ssl.SSLContext:
