@@ -34,6 +34,7 @@ from mmsr_jax.tools.retry import Pauses
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 BROKEN = frozenset({"server_error", "timeout", "unreachable"})  # what opens a circuit
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # not where a proxy would look for it
 MAX_ROUTES = 3  # addresses of one name that are tried
 
 
@@ -190,14 +191,16 @@ class Http:
         good = None
         try:
             async with gate.admitted(call.left):
-                call.doing = "waiting for the server"
+                call.doing, patience = "waiting for the server", call.left()
                 try:
                     response = await self._follow(call)
                 except ToolError as error:
                     good = error.kind not in BROKEN  # a server that refuses us works
                     raise
                 except asyncio.CancelledError:
-                    good = False if call.left() <= 0 else None  # too slow; or our caller left
+                    # Our caller left, or we came late ourselves; or the server was too slow.
+                    slow = call.left() <= 0 and patience >= call.request.deadline / 2
+                    good = False if slow else None
                     raise
                 good = True
                 return response
@@ -266,20 +269,21 @@ class _Routes:
         self,
         request: HttpRequest,
         url: httpx.URL,
-        headers: Mapping[str, str],
+        headers: dict[str, str],
         target: Target | None,
         call: _Call,
     ) -> AsyncIterator[httpx.Response]:
         """The response to one request, its body unread."""
-        own = {"User-Agent": self._config.user_agent, "Accept-Encoding": ENCODINGS}
+        headers = httpx.Headers({"User-Agent": self._config.user_agent} | headers)
+        headers["Accept-Encoding"] = ENCODINGS
         if target is not None:
             url = httpx.URL(target.url)
-            own["Connection"] = "close"
+            headers["Connection"] = "close"
             if url.raw_host.decode("ascii") != target.host:
                 raise HttpError("refused", "a host that can be read in two ways")
         elif url.scheme not in ("http", "https") or not url.host:
             raise HttpError("refused", f"only http and https, not {url.scheme[:20]!r}")
-        raw = httpx.Request(request.method, url, headers=own | headers, json=request.json)
+        raw = httpx.Request(request.method, url, headers=headers, json=request.json)
         raw.extensions = {"timeout": self._timeouts(call.left())}
         if target is not None:
             response = await self._pin(raw, target, call)
@@ -315,7 +319,7 @@ class _Routes:
 
     def _proxy(self, url: httpx.URL) -> httpx.AsyncBaseTransport:
         proxied = self._proxied.get(url.scheme)
-        if proxied is None or urllib.request.proxy_bypass(url.host):
+        if proxied is None or url.host in LOOPBACK or urllib.request.proxy_bypass(url.host):
             return self._straight
         return proxied
 

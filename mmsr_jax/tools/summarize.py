@@ -7,8 +7,8 @@ from typing import Literal, Protocol
 
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.http import Http, HttpRequest
+from mmsr_jax.tools.pages import Page
 from mmsr_jax.tools.passages import best
-from mmsr_jax.tools.reader import Page
 
 NOTHING = "NOTHING FOUND"
 
