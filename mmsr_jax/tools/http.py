@@ -9,6 +9,8 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
+import logging
 import random
 import ssl
 import time
@@ -31,6 +33,9 @@ from mmsr_jax.tools.guard import Guard, Resolve, Target
 from mmsr_jax.tools.limits import Gate, Limits
 from mmsr_jax.tools.redact import redact
 from mmsr_jax.tools.retry import Pauses
+
+# Its trace prints the headers that come back, and servers echo keys.
+logging.getLogger("httpcore").setLevel(logging.INFO)
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 BROKEN = frozenset({"server_error", "timeout", "unreachable"})  # what opens a circuit
@@ -254,11 +259,9 @@ class _Routes:
         # was checked for the first of them only: so none is kept.
         once = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._pinned = httpx.AsyncHTTPTransport(verify=context, limits=once)
-        for scheme, proxy in urllib.request.getproxies().items():
-            if scheme in ("http", "https"):
-                self._proxied[scheme] = httpx.AsyncHTTPTransport(
-                    verify=context, limits=limits, proxy=proxy
-                )
+        for scheme in {"http", "https"} & (proxies := urllib.request.getproxies()).keys():
+            proxied = httpx.AsyncHTTPTransport(context, limits=limits, proxy=proxies[scheme])
+            self._proxied[scheme] = proxied
 
     async def close(self) -> None:
         for transport in {self._straight, self._pinned, *self._proxied.values()}:
@@ -285,10 +288,10 @@ class _Routes:
             raise HttpError("refused", f"only http and https, not {url.scheme[:20]!r}")
         raw = httpx.Request(request.method, url, headers=headers, json=request.json)
         raw.extensions = {"timeout": self._timeouts(call.left())}
-        if target is not None:
-            response = await self._pin(raw, target, call)
-        else:
+        if target is None:
             response = await self._proxy(url).handle_async_request(raw)
+        else:
+            response = await self._pin(raw, target, call)
         try:
             yield response
         finally:
@@ -304,13 +307,10 @@ class _Routes:
             extensions = {"timeout": self._timeouts(call.left())}
             if name is not None:
                 extensions["sni_hostname"] = name
-            there = httpx.Request(
-                raw.method,
-                raw.url.copy_with(host=host),
-                headers=raw.headers,  # Host is among them
-                stream=raw.stream,
-                extensions=extensions,
+            there = httpx.Request(  # the Host header is among those that are taken over
+                raw.method, raw.url.copy_with(host=host), headers=raw.headers, stream=raw.stream
             )
+            there.extensions = extensions
             try:
                 return await self._pinned.handle_async_request(there)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -328,6 +328,7 @@ class _Routes:
         return {"connect": min(connect, left), "read": read, "write": read, "pool": read}
 
 
+@functools.cache  # reading the authorities takes a tenth of a second
 def _tls(ca_file: str) -> ssl.SSLContext:
     context = httpx.create_ssl_context()
     if ca_file:
