@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 import httpx
 
 from mmsr_jax.tools.base import ToolError
-from mmsr_jax.tools.body import ENCODINGS, read_body
+from mmsr_jax.tools.body import ENCODINGS, read_body, within
 from mmsr_jax.tools.exchange import (
     MAX_ERROR_BODY,
     HttpError,
@@ -217,7 +217,8 @@ class Http:
         request, headers = call.request, dict(call.request.headers or {})
         limit = self._config.max_bytes if request.max_bytes is None else request.max_bytes
         with _named():
-            url = httpx.URL(request.url)
+            url = self._guard.read(request.url).url if request.public_only else request.url
+            url = httpx.URL(url)
             url = url.copy_merge_params(request.params) if request.params else url
         for _ in range(self._config.redirects + 1):
             target = await self._guard.check(str(url)) if request.public_only else None
@@ -351,14 +352,10 @@ def _redirected(request: HttpRequest, url: httpx.URL, response: httpx.Response) 
 async def _body(response: httpx.Response, limit: int) -> bytes:
     """The decompressed body. ToolError of `read_body`."""
     if response.is_stream_consumed:  # a stand-in for the network had it whole
-        return await read_body(_one(response.content), "", None, limit)
+        return within(response.content, limit)
     encoding = response.headers.get("content-encoding", "")
     length = response.headers.get("content-length")
     return await read_body(response.aiter_raw(), encoding, length, limit)
-
-
-async def _one(chunk: bytes) -> AsyncIterator[bytes]:
-    yield chunk
 
 
 async def _failure(response: httpx.Response, request: HttpRequest) -> HttpError:

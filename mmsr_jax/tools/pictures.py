@@ -62,6 +62,7 @@ def reencode(picture: bytes, limits: PictureLimits = PictureLimits()) -> bytes:
             image.draft("RGB", (limits.max_side, limits.max_side))  # JPEG decodes small at once
             image = _shown(image)
             image.thumbnail((limits.max_side, limits.max_side), Image.Resampling.LANCZOS)
+            image.info.clear()  # comments and colour profiles would be written too
             out = io.BytesIO()
             if lossy:
                 image.save(out, "JPEG", quality=limits.quality)
