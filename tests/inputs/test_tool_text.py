@@ -57,7 +57,7 @@ def check(tokenizer, tokens, expected, count):
 
 def shown(text):
     """As the protocol writes foreign text: one line, its own tags disarmed."""
-    return " ".join(text.split()).replace("<answer>", "(answer)")
+    return " ".join(text.split()).replace("<answer>", "(answer)").replace("</answer>", "(/answer)")
 
 
 def special_ids(tokenizer):
