@@ -56,6 +56,7 @@ def parse_html(body: bytes, charset: str) -> tuple[str, str]:
     import trafilatura
 
     page: str | bytes = decode(body, charset) or body  # undeclared: trafilatura guesses
+    page = page.lstrip("\ufeff") if isinstance(page, str) else page
     text = trafilatura.extract(page, include_comments=False, include_tables=True)
     if not text:
         text = trafilatura.html2txt(page)

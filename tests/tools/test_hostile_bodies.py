@@ -17,7 +17,7 @@ from mmsr_jax.tools.guard import Guard, not_public
 from mmsr_jax.tools.http import Http, HttpConfig, HttpRequest, HttpResponse
 from mmsr_jax.tools.limits import Limits
 from mmsr_jax.tools.pages import Page, ReaderConfig
-from mmsr_jax.tools.pictures import PictureLimits, reencode
+from mmsr_jax.tools.pictures import PictureLimits, reencode, web_formats
 from mmsr_jax.tools.reader import JinaReader
 from mmsr_jax.tools.summarize import ChatSummarizer, ExtractSummarizer, SummarizeConfig
 from mmsr_jax.tools.workers import Parsers
@@ -42,7 +42,7 @@ TAGS += ["script", "style", "plaintext", "iframe", "select", "form", "b", "x-y",
 
 
 def sample_pictures():
-    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"):
+    for kind in web_formats():
         out = io.BytesIO()
         Image.effect_noise((17, 13), 90).convert("RGB").save(out, kind)
         yield out.getvalue()
