@@ -70,6 +70,9 @@ class BrowserReader:
         except TimeoutError:
             raise ToolError("timeout", f"{deadline:g} s are over, running scripts") from None
         except self._playwright.Error as error:
+            if "Executable doesn't exist" in str(error):
+                text = "Chromium is not installed: playwright install chromium"
+                raise ToolError("no_browser", text) from None
             why = str(error).splitlines()[0][:120]
             raise ToolError("bad_response", f"the browser failed: {why}") from None
         if len(html) > self._config.max_bytes:
