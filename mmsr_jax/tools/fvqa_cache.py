@@ -60,7 +60,7 @@ class Pickled:
             not isinstance(mode, str)
             or not isinstance(size, tuple)
             or len(size) != 2
-            or not all(isinstance(n, int) and 0 < n for n in size)
+            or not all(isinstance(n, int) and n > 0 for n in size)
             or size[0] * size[1] > MAX_PIXELS
             or not isinstance(data, bytes)
         ):

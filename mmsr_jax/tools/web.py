@@ -6,50 +6,38 @@ links come back. Links, pages and summaries are recorded apart, so that another 
 same query, or another query that finds the same page, pays only for what is new.
 """
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from mmsr_jax.tools.attempts import first_good
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.hits import Found, Hit, TextProvider
+from mmsr_jax.tools.reader import Page, Reader
 from mmsr_jax.tools.recorded import Recorder, Request
+from mmsr_jax.tools.summarize import Summarizer
 from mmsr_jax.types import ResultItem, ToolCall
 
 LEAST = 0.1  # seconds: with less there is no use in asking anybody
 
 
-class PageReader(Protocol):
-    """Gets a page's text."""
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """How a stage of the pipeline is recorded, and what it costs."""
 
     name: str
-    price: float
-    identity: Mapping[str, Any]
-
-    async def page(self, url: str, deadline: float) -> tuple[str, str]:
-        """(title, text) within `deadline` seconds; ToolError when there is no text to be had."""
-        ...
-
-
-class PageSummarizer(Protocol):
-    """Says what a page holds for a question."""
-
-    name: str
-    price: float
-    identity: Mapping[str, Any]
-
-    async def summary(self, question: str, query: str, text: str, deadline: float) -> str:
-        """A few sentences within `deadline` seconds; ToolError when there are none."""
-        ...
+    identity: Mapping[str, Any]  # what its answers depend on; JSON values, no secrets
+    price: float = 0.0  # US dollars a page
 
 
 class WebTextSearch:
     """Text search through a provider, a reader and a summarizer.
 
     Args:
-      reader: None shows the provider's snippets, unread. A provider of passages needs none.
-      summarizer: None only together with the reader.
+      reader, summarizer: each with its stage; both None show the provider's snippets, unread. A
+        provider of passages needs neither.
       results: summaries wanted.
       candidates: links to try at the most.
       deadline: seconds for everything; what is done by then is the result.
@@ -60,8 +48,8 @@ class WebTextSearch:
     def __init__(
         self,
         provider: TextProvider,
-        reader: PageReader | None,
-        summarizer: PageSummarizer | None,
+        reader: tuple[Reader, Stage] | None,
+        summarizer: tuple[Summarizer, Stage] | None,
         recorder: Recorder,
         *,
         results: int = 5,
@@ -84,8 +72,8 @@ class WebTextSearch:
         self.provider = provider.name
         self.identity: Mapping[str, Any] = {
             "provider": dict(provider.identity),
-            "reader": None if reader is None else dict(reader.identity),
-            "summarizer": None if summarizer is None else dict(summarizer.identity),
+            "reader": None if reader is None else dict(reader[1].identity),
+            "summarizer": None if summarizer is None else dict(summarizer[1].identity),
             "results": results,
             "candidates": self._candidates,
         }
@@ -97,10 +85,10 @@ class WebTextSearch:
         return tuple(hit.item() for hit in found.hits)
 
     async def find(self, call: ToolCall) -> Found:
-        """The results; none when the provider knows no links.
+        """The results; none when the provider knows no links, or no page says anything useful.
 
         Raises:
-          ToolError: the provider's, "budget", or "unread" when no page could be used.
+          ToolError: the provider's, "budget", or "unread" when pages failed for the moment.
         """
         until = time.monotonic() + self._deadline
         links = await self._links(call.query, until)
@@ -112,7 +100,7 @@ class WebTextSearch:
             return await self._use(hit, call, until)
 
         tried = await first_good(links.hits, use, self._results, until - time.monotonic())
-        if links.hits and not tried.good:
+        if links.hits and not tried.good and not tried.complete:
             first = str(tried.errors[0]) if tried.errors else "timeout"
             raise ToolError("unread", f"none of {len(links.hits)} pages: {first}"[:200])
         return Found(
@@ -135,42 +123,58 @@ class WebTextSearch:
         )
 
     async def _use(self, hit: Hit, call: ToolCall, until: float) -> Found:
-        """One link, read and summarised."""
-        page = await self._page(hit, until)
-        text = page.hits[0].text
-        asked = Request("summary", self._summarizer.name, {
-            "identity": dict(self._summarizer.identity),
-            "question": call.question,
-            "query": call.query,
-            "page": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-        })  # fmt: skip
-
-        async def live() -> Found:
-            summarizer = self._summarizer
-            said = await summarizer.summary(call.question, call.query, text, _left(until))
-            if not said.strip():
-                raise ToolError("bad_response", "an empty summary")
-            return Found((Hit("", text=said.strip()),), summarizer.price)
-
-        summary = await self._recorder.ask(asked, live, self._summarizer.price)
-        title = hit.title or page.hits[0].title
-        return Found(
-            (Hit(title, hit.link, summary.hits[0].text),),
-            page.cost + summary.cost,
-            page.paid + summary.paid,
+        """One link, read and summarised. ToolError when it is no use."""
+        read = await self._page(hit.link, until)
+        page = Page(hit.link, hit.title or read.hits[0].title, read.hits[0].text)
+        summarizer, stage = self._summarizer
+        text = page.text.encode("utf-8", "surrogatepass")
+        request = Request(
+            "summary",
+            stage.name,
+            {
+                "identity": dict(stage.identity),
+                "question": call.question,
+                "query": call.query,
+                "page": hashlib.sha256(text).hexdigest(),
+            },
         )
 
-    async def _page(self, hit: Hit, until: float) -> Found:
-        reader = self._reader
-        request = Request("page", reader.name, {"identity": dict(reader.identity), "url": hit.link})
+        async def live() -> Found:
+            said = await summarizer.summarize(call.question, call.query, page, _left(until))
+            return Found((Hit("", text=said),), stage.price)
+
+        summary = await self._stage(request, live, stage.price, "no_results")
+        return Found(
+            (Hit(page.title, hit.link, summary.hits[0].text),),
+            read.cost + summary.cost,
+            read.paid + summary.paid,
+        )
+
+    async def _page(self, url: str, until: float) -> Found:
+        reader, stage = self._reader
+        request = Request("page", stage.name, {"identity": dict(stage.identity), "url": url})
 
         async def live() -> Found:
-            title, text = await reader.page(hit.link, _left(until))
-            if not text.strip():
-                raise ToolError("bad_response", "a page without text")
-            return Found((Hit(title, hit.link, text),), reader.price)
+            page = await reader.read(url, _left(until))
+            return Found((Hit(page.title, page.url, page.text),), stage.price)
 
-        return await self._recorder.ask(request, live, reader.price)
+        return await self._stage(request, live, stage.price, "no_text")
+
+    async def _stage(self, request: Request, live, price: float, nothing: str) -> Found:
+        """Asks the recorder; that there is `nothing` is an answer too, and recorded."""
+
+        async def known() -> Found:
+            try:
+                return await live()
+            except ToolError as error:
+                if error.kind != nothing:
+                    raise
+                return Found((), price)
+
+        found = await self._recorder.ask(request, known, price)
+        if not found.hits:
+            raise ToolError(nothing)
+        return found
 
 
 def _left(until: float) -> float:

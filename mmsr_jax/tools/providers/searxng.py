@@ -50,8 +50,8 @@ class SearxngText:
 
     async def search(self, query: str, count: int, deadline: float) -> Found:
         request = HttpRequest(
-            NAME, "GET", f"{self._url}/search", params={"q": query, "format": "json"} | self._params,
-            deadline=deadline,
+            NAME, "GET", f"{self._url}/search",
+            params={"q": query, "format": "json"} | self._params, deadline=deadline,
         )  # fmt: skip
         try:
             answer = answers.table(await self._http.send(request), "SearXNG")
