@@ -11,6 +11,7 @@ from mmsr_jax.tools.fvqa_cache import FvqaImageSearch
 from mmsr_jax.tools.hits import ImageProvider, TextProvider
 from mmsr_jax.tools.http import Http, HttpConfig, HttpRequest
 from mmsr_jax.tools.image_search import WebImageSearch
+from mmsr_jax.tools.limits import Limits
 from mmsr_jax.tools.pictures import PictureLimits, reencode
 from mmsr_jax.tools.providers import answers
 from mmsr_jax.tools.providers.jina import JinaSearchConfig, JinaText
@@ -31,6 +32,19 @@ ImageName = Literal["serper", "serpapi", "retriever"]
 FREE = {
     "parsers", "parser_memory", "browser_sandbox", "jina_url", "jina_key_env", "base_url", "key_env",
 }  # fmt: skip
+# Services are paced as their plans allow (Serper 50 a second on the starting plan, Jina Search 100 a
+# minute, SerpApi by the hour); the web at large, where every page is on another host, is not.
+LIMITS = {
+    "serper": Limits(rate=50, burst=50, concurrency=64),
+    "serpapi": Limits(rate=5, burst=10, concurrency=32),
+    "jina": Limits(rate=1.6, burst=10, concurrency=16),
+    "jina_reader": Limits(rate=8, burst=20, concurrency=32),
+    "searxng": Limits(rate=50, burst=50, concurrency=32),
+    "retriever": Limits(rate=1000, burst=1000, concurrency=64),
+    "summarizer": Limits(rate=1000, burst=1000, concurrency=64),
+    "web": Limits(rate=500, burst=500, concurrency=128),
+    "thumbnails": Limits(rate=500, burst=500, concurrency=128),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +68,7 @@ class WebConfig:
     reader: ReaderConfig = ReaderConfig()
     summarizer: SummarizeConfig = SummarizeConfig()
     pictures: PictureLimits = PictureLimits()
-    http: HttpConfig = HttpConfig()
+    http: HttpConfig = HttpConfig(limits=LIMITS)
 
     def __post_init__(self):
         for name in ("page_price", "summary_price"):
