@@ -28,12 +28,13 @@ from mmsr_jax.tools.web import Stage, WebTextSearch
 
 TextName = Literal["serper", "serpapi", "searxng", "jina", "retriever"]
 ImageName = Literal["serper", "serpapi", "retriever"]
-# Settings that change how, but not what, is read or said: no part of what the store knows a call by
+# Settings that change how, not what, is read or said: no part of what the store knows a call by.
 FREE = {
-    "parsers", "parser_memory", "browser_sandbox", "jina_url", "jina_key_env", "base_url", "key_env",
+    "parsers", "parser_memory", "browser_sandbox", "jina_url", "jina_key_env", "base_url",
+    "key_env",
 }  # fmt: skip
-# Services are paced as their plans allow (Serper 50 a second on the starting plan, Jina Search 100 a
-# minute, SerpApi by the hour); the web at large, where every page is on another host, is not.
+# Paid services are paced as small plans allow: put your plan's numbers into web.http.limits. The
+# web at large, where every page is on another host, and machines of one's own are not held back.
 LIMITS = {
     "serper": Limits(rate=50, burst=50, concurrency=64),
     "serpapi": Limits(rate=5, burst=10, concurrency=32),
