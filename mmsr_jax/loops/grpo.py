@@ -9,6 +9,7 @@ from mmsr_jax.logs import RunLog
 from mmsr_jax.parallel import compiles
 from mmsr_jax.report.record import trajectory_record
 from mmsr_jax.rewards.score import score
+from mmsr_jax.tools.budget import BudgetSpent
 from mmsr_jax.train import state as state_lib
 from mmsr_jax.train.optimizer import optimizer, schedule
 from mmsr_jax.train.update import grpo_update
@@ -50,7 +51,14 @@ def run(job: Job, log: RunLog, params):
                 began = time.perf_counter()
                 job.sync(state.params)
                 synced = time.perf_counter() - began
+                before = {"step": number, "data": stream.state(), "skipped": job.skipped}
                 groups, timings, questions = _sample(job, stream, number)
+                try:
+                    job.search.check()
+                except BudgetSpent:  # this step's answers are incomplete: it is to be done again
+                    if number > first and checkpoints.latest != number:
+                        checkpoints.save(number, state, before)
+                    raise
                 # 2. Score.
                 scored = [
                     [Scored(t, score(list(t.responses), list(t.example.answers), e.reward))
@@ -83,6 +91,7 @@ def run(job: Job, log: RunLog, params):
                         "engine/occupancy": timings["occupancy"],
                         "compile/count": compiles.count(),
                     }
+                    | job.search.counters()
                 )
                 log.scalars(number + 1, "grpo", metrics)
                 shown = [g[i] for i in range(config.group_size) for g in scored if i < len(g)]
