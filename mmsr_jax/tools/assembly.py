@@ -1,8 +1,9 @@
 """From configuration to a run's search tools: providers, reader, store, budget, in one piece."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 from mmsr_jax.tools.base import Tool, ToolError
@@ -139,6 +140,7 @@ def assemble(
     local: Callable[[], Mapping[str, Tool]],
     local_identity: Mapping[str, Any],
     ledger: pathlib.Path | None = None,
+    only: str = "",
 ) -> Search:
     """The tools that a configuration describes.
 
@@ -146,6 +148,7 @@ def assemble(
       deadline: of the toolbox, in seconds.
       local, local_identity: makes the tools of the embedded world; what their answers depend on.
       ledger: where payments are written down; None for nowhere.
+      only: "text_search" or "image_search" when the other is not wanted, nor its keys.
 
     Raises:
       ValueError: settings that clash, a key that is not in the environment.
@@ -170,53 +173,63 @@ def assemble(
         tools = local().values()
         return Search({t.name: Recorded(t, recorder, local_identity) for t in tools}, recorder)
     try:
-        return _web(backend, web, recorder, image_results, text_results)
+        return _web(backend, web, recorder, image_results, text_results, only)
     except BaseException:
         recorder.close()
         raise
 
 
-def _web(backend: str, web: WebConfig, recorder: Recorder, images: int, texts: int) -> Search:
+def _web(
+    backend: str, web: WebConfig, recorder: Recorder, images: int, texts: int, only: str
+) -> Search:
     replay = recorder.mode == "replay"
     http = Http(web.http)
-    provider = text_provider(web, http, replay)
-    reader = summarizer = None
-    if web.read and not provider.passages:
-        reader = Nobody() if replay else make_reader(http, web.reader)
-        summarizer = Nobody() if replay else make_summarizer(http, web.summarizer)
-    text = WebTextSearch(
-        provider,
-        reader and (reader, Stage(f"{web.reader.kind}_reader", _kept(web.reader), web.page_price)),
-        summarizer
-        and (summarizer, Stage(web.summarizer.kind, _kept(web.summarizer), web.summary_price)),
-        recorder,
-        results=texts,
-        candidates=max(web.text_candidates, texts),
-        deadline=web.deadline,
-    )
-    if backend == "fvqa":
-        image: Tool = FvqaImageSearch(recorder, images)
-    else:
-
-        async def fetch(url: str, seconds: float) -> bytes:
-            request = HttpRequest(
-                "thumbnails", "GET", url, deadline=seconds, public_only=True,
-                max_bytes=web.pictures.max_bytes,
-            )  # fmt: skip
-            return (await http.send(request)).body
-
+    tools: dict[str, Tool] = {}
+    reader = None
+    if only != "image_search":
+        provider = text_provider(web, http, replay)
+        summarizer = None
+        if web.read and not provider.passages:
+            summarizer = Nobody() if replay else make_summarizer(http, web.summarizer)
+            reader = Nobody() if replay else make_reader(http, web.reader)
+        reading = Stage(f"{web.reader.kind}_reader", _kept(web.reader), web.page_price)
+        telling = Stage(web.summarizer.kind, _kept(web.summarizer), web.summary_price)
+        text = WebTextSearch(
+            provider,
+            None if reader is None else (reader, reading),
+            None if summarizer is None else (summarizer, telling),
+            recorder,
+            results=texts,
+            candidates=max(web.text_candidates, texts),
+            deadline=web.deadline,
+        )
+        tools["text_search"] = Recorded(text, recorder)
+    if only != "text_search" and backend == "fvqa":
+        tools["image_search"] = FvqaImageSearch(recorder, images)
+    elif only != "text_search":
         search = WebImageSearch(
             image_provider(web, http, replay),
-            fetch,
-            lambda data: reencode(data, web.pictures),
+            thumbnails(http, web.pictures),
+            functools.partial(reencode, limits=web.pictures),
             recorder,
             results=images,
             candidates=max(web.image_candidates, images),
             deadline=web.deadline,
         )
-        image = Recorded(search, recorder)
-    tools = {"image_search": image, "text_search": Recorded(text, recorder)}
+        tools["image_search"] = Recorded(search, recorder)
     return Search(tools, recorder, http, reader)
+
+
+def thumbnails(http: Http, limits: PictureLimits) -> Callable[[str, float], Awaitable[bytes]]:
+    """Gets (URL, seconds) -> the bytes there, from public addresses only."""
+
+    async def fetch(url: str, seconds: float) -> bytes:
+        request = HttpRequest(
+            "thumbnails", "GET", url, deadline=seconds, public_only=True, max_bytes=limits.max_bytes
+        )
+        return (await http.send(request)).body
+
+    return fetch
 
 
 def text_provider(web: WebConfig, http: Http, replay: bool = False) -> TextProvider:

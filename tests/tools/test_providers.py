@@ -25,10 +25,14 @@ from mmsr_jax.tools.providers.serper import SerperConfig, SerperLens, SerperText
 
 KEY = "sk-very-secret-0123456789"
 PUBLISHED = "https://pictures.example/abc.png"
-LINKS = [("Nepal - Wikipedia", "https://en.wikipedia.org/wiki/Nepal", "A country in Asia."),
-         ("Kathmandu", "https://www.britannica.com/place/Kathmandu", "Capital of Nepal.")]  # fmt: skip
-MATCHES = [("Flag of Nepal", "https://flags.example/np", "https://t.example/1.jpg"),
-           ("Nepal", "https://np.example", "https://t.example/2.jpg")]  # fmt: skip
+LINKS = [
+    ("Nepal - Wikipedia", "https://en.wikipedia.org/wiki/Nepal", "A country in Asia."),
+    ("Kathmandu", "https://www.britannica.com/place/Kathmandu", "Capital of Nepal."),
+]
+MATCHES = [
+    ("Flag of Nepal", "https://flags.example/np", "https://t.example/1.jpg"),
+    ("Nepal", "https://np.example", "https://t.example/2.jpg"),
+]
 
 
 class Uploader:

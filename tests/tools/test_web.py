@@ -1,4 +1,4 @@
-"""The pipelines on the web: who fails is replaced, everything ends in time, nothing is paid twice."""
+"""The pipelines on the web: who fails is replaced, all ends in time, nothing is paid twice."""
 
 import asyncio
 import base64
