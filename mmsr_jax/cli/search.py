@@ -75,32 +75,41 @@ def _call(given) -> ToolCall:
     return ToolCall("text_search", query=given.query, image=b"", question=question)
 
 
-def _tools(given):
-    """The tools' configuration: of --config, changed by the other flags."""
+def _tools(given) -> dict:
+    """The tools' configuration as `assemble` takes it: of --config, changed by the other flags."""
     from dataclasses import replace
 
     from mmsr_jax.cli import config
-    from mmsr_jax.experiment import ToolsConfig
+    from mmsr_jax.tools.assembly import WebConfig
+    from mmsr_jax.tools.budget import BudgetConfig
+    from mmsr_jax.tools.store import StoreConfig
 
-    tools = config.load(given.config).tools if given.config else ToolsConfig()
+    # Not the experiment's record, unless it is asked for: that brings jax, which takes seconds.
+    backend, web, store = "local", WebConfig(), StoreConfig()
+    budget, deadline = BudgetConfig(), 30.0
+    if given.config:
+        tools = config.load(given.config).tools
+        backend, web, store, budget = tools.backend, tools.web, tools.store, tools.budget
+        deadline = tools.deadline
     if given.provider == FLAGS:
-        tools = replace(tools, backend="local")
+        backend = "local"
     elif given.provider:
-        web = replace(tools.web, **{given.tool: given.provider})
-        tools = replace(tools, backend="web", web=web)
-    name = given.provider if given.provider not in (None, FLAGS) else ""
+        backend, web = "web", replace(web, **{given.tool: given.provider})
     if given.url:
-        if not name:
+        if given.provider in (None, FLAGS):
             raise UsageError("--url is the address of a provider: give --provider too")
-        service = replace(getattr(tools.web, name), url=given.url)
-        tools = replace(tools, web=replace(tools.web, **{name: service}))
+        service = replace(getattr(web, given.provider), url=given.url)
+        web = replace(web, **{given.provider: service})
     if getattr(given, "unread", False):
-        tools = replace(tools, web=replace(tools.web, read=False))
+        web = replace(web, read=False)
     if given.store:
-        tools = replace(tools, store=replace(tools.store, path=given.store))
+        store = replace(store, path=given.store)
     if given.replay:
-        tools = replace(tools, store=replace(tools.store, mode="replay"))
-    return replace(tools, image_results=given.count, text_results=given.count)
+        store = replace(store, mode="replay")
+    return {
+        "backend": backend, "web": web, "store": store, "budget": budget, "deadline": deadline,
+        "image_results": given.count, "text_results": given.count,
+    }  # fmt: skip
 
 
 def _ask(call: ToolCall, given):
@@ -113,20 +122,19 @@ def _ask(call: ToolCall, given):
     from mmsr_jax.tools.toolbox import Toolbox
 
     tools = _tools(given)
+    counts = {"image_results": given.count, "text_results": given.count}
     search = assemble(
-        tools.backend, tools.web, tools.store, tools.budget, deadline=tools.deadline,
-        image_results=given.count, text_results=given.count,
+        **tools,
         local=lambda: flags_tools(World(), given.count, given.count),
-        local_identity={"world": "flags", "image_results": given.count,
-                        "text_results": given.count, **asdict(FlagsConfig())},
+        local_identity={"world": "flags", **counts, **asdict(FlagsConfig())},
         only=call.tool,
-    )  # fmt: skip
+    )
     kept = {}
     tool = search.tools[call.tool]
     if hasattr(tool, "find"):
         search.tools[call.tool] = _Kept(tool, kept)
     began = time.monotonic()
-    with Toolbox(search.tools, tools.deadline, closing=search.close) as toolbox:
+    with Toolbox(search.tools, tools["deadline"], closing=search.close) as toolbox:
         result = toolbox.submit(call).result()
     seconds = time.monotonic() - began
     return kept.get("found") or _plain(result), result.error, seconds

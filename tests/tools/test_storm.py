@@ -91,8 +91,10 @@ def test_every_call_ends_with_a_result_or_a_name(start, tmp_path):
     assert sum(told["outcomes"].values()) == 10_000 and told["wrong"] == []
     assert set(told["outcomes"]) <= NAMED
     assert sum(served["faults"].values()) > 500 and len(served["faults"]) == len(storm.FAULTS)
-    # One good answer to a query is enough for all of its calls.
-    assert served["repeated"] == {}
+    # One good answer to a query is enough for all of its calls, unless it came too late for the
+    # one who asked.
+    late = collections.Counter(query for _, query, kind in lines if kind == "timeout")
+    assert all(times <= 1 + late[query] for query, times in served["repeated"].items())
     assert told["longest"] < storm.DEADLINE + 5
     assert told["memory_mb"][-1] - told["memory_mb"][2] < 25
     known, summary = check_against_truth(tmp_path / "s.db")
