@@ -24,6 +24,7 @@ from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.parallel.mesh import MeshConfig, make_mesh
 from mmsr_jax.parallel.relayout import relayout
 from mmsr_jax.parallel.rules import ROLLOUT_RULES, TRAIN_RULES
+from mmsr_jax.tools.assembly import Search, assemble
 from mmsr_jax.tools.toolbox import Toolbox
 from mmsr_jax.train import state as state_lib
 from mmsr_jax.train.update import Fixed
@@ -270,12 +271,25 @@ class Job:
         self.engine.set_params(state_lib.whole(params, self._rollout_base), keep_cache)
 
     @functools.cached_property
+    def search(self) -> Search:
+        """The search tools, with their store and budget; payments are kept in the run's folder."""
+        tools, flags = self.experiment.tools, self.experiment.flags
+        counts = {"image_results": tools.image_results, "text_results": tools.text_results}
+        return assemble(
+            tools.backend, tools.web, tools.store, tools.budget, deadline=tools.deadline, **counts,
+            local=lambda: flags_tools(self.world, tools.image_results, tools.text_results),
+            local_identity={"world": "flags", **counts, **dataclasses.asdict(flags)},
+            ledger=self.workdir / "payments.jsonl",
+        )  # fmt: skip
+
+    @functools.cached_property
     def toolbox(self) -> Toolbox:
         tools = self.experiment.tools
         return Toolbox(
-            flags_tools(self.world, tools.image_results, tools.text_results),
+            self.search.tools,
             deadline=tools.deadline,
             max_concurrent=tools.max_concurrent,
+            closing=self.search.close,
         )
 
     @functools.cached_property
@@ -319,6 +333,7 @@ class Job:
                 self.skipped += 1
                 log.warning("lesson skipped: %s", error)
                 continue
+            self.search.check()
             out.setdefault(lesson.kind, []).append(played)
         missing = sorted(kind for kind, count in wanted.items() if count and kind not in out)
         if missing:

@@ -19,12 +19,18 @@ from mmsr_jax.model.lora import LoRAConfig
 from mmsr_jax.parallel.mesh import MeshConfig
 from mmsr_jax.protocol import Protocol
 from mmsr_jax.rewards.score import RewardConfig
+from mmsr_jax.tools.assembly import WebConfig
+from mmsr_jax.tools.budget import BudgetConfig
+from mmsr_jax.tools.store import StoreConfig
 from mmsr_jax.train.assemble import PackConfig
 from mmsr_jax.train.grpo import GRPOConfig
 from mmsr_jax.train.sft import SFTConfig
 from mmsr_jax.weights.checkpoint import CheckpointConfig
 
 Stage = Literal["sft", "grpo", "eval"]
+
+# What may change while a run is continued: it bears on no result.
+FREE = frozenset({"tools.budget.money"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +43,20 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ToolsConfig:
-    """The search tools. `local` is the engine of the embedded world."""
+    """The search tools; docs/search.md explains them.
 
-    backend: Literal["local"] = "local"
+    `local` is the engine of the embedded world, `web` asks services, `fvqa` takes the picture
+    searches that come with FVQA from the store and asks services for texts.
+    """
+
+    backend: Literal["local", "web", "fvqa"] = "local"
     image_results: int = 5  # results a call (paper: 5 and 5)
     text_results: int = 5
     deadline: float = 30.0  # seconds a call may take
     max_concurrent: int = 64
+    web: WebConfig = WebConfig()
+    store: StoreConfig = StoreConfig()
+    budget: BudgetConfig = BudgetConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +134,8 @@ def read(workdir: pathlib.Path) -> Experiment:
 def save(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Writes `config.json`; a folder that holds another experiment's is refused.
 
+    Settings that bear on no result (`FREE`) may be others than before.
+
     Raises:
       ValueError: it does; the message names the fields that differ.
     """
@@ -130,13 +145,14 @@ def save(experiment: Experiment, workdir: pathlib.Path) -> None:
         with contextlib.suppress(ValueError):  # fields newer than the run have their defaults
             text = Experiment.from_json(text).to_json()
         old, new = json.loads(text), json.loads(experiment.to_json())
-        differing = sorted(_differences(old, new))
+        differing = sorted(set(_differences(old, new)) - FREE)
         if differing:
             raise ValueError(
                 f"{workdir} holds a run with other settings ({', '.join(differing[:5])}): "
                 "choose another --workdir, or delete that folder to start over"
             )
-        return
+        if old == new:
+            return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(experiment.to_json())
 

@@ -119,6 +119,7 @@ def _play(job: Job, log: RunLog, title: str, temperature: float, samples: int, f
             job.engine, job.toolbox, asks, job.setting, seed=e.seed, temperature=temperature,
             done=lambda n: bar.advance(steps=n), skipped=lambda ask, error: bad.append(error),
         )  # fmt: skip
+    job.search.check()
     job.skipped += len(bad)
     return [
         Scored(t, score(list(t.responses), list(t.example.answers), e.reward))

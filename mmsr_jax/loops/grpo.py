@@ -10,6 +10,7 @@ from mmsr_jax.logs import RunLog
 from mmsr_jax.parallel import compiles
 from mmsr_jax.report.record import trajectory_record
 from mmsr_jax.rewards.score import score
+from mmsr_jax.tools.budget import BudgetSpent
 from mmsr_jax.train import state as state_lib
 from mmsr_jax.train.optimizer import optimizer, schedule
 from mmsr_jax.train.update import grpo_update
@@ -37,7 +38,7 @@ def run(job: Job, log: RunLog, params):
         if (restored := checkpoints.restore(state_lib.abstract(state))) is not None:
             state, meta = restored
             first = meta["step"]
-            sampler.restore(meta.get("carried", []), meta["data"])
+            sampler.restore(meta)
             job.skipped = meta["skipped"]
         if first == config.steps:
             return state.params
@@ -53,7 +54,14 @@ def run(job: Job, log: RunLog, params):
                 began = time.perf_counter()
                 job.sync(state.params, keep_cache=e.carry.cache == "keep")
                 synced = time.perf_counter() - began
+                before = sampler.meta(number)
                 groups, sampled = sampler.sample(number)
+                try:
+                    job.search.check()
+                except BudgetSpent:  # this step's answers are incomplete: it is to be done again
+                    if number > first and checkpoints.latest != number:
+                        checkpoints.save(number, state, before)
+                    raise
                 # 2. Score.
                 scored = [
                     [Scored(t, score(list(t.responses), list(t.example.answers), e.reward))
@@ -84,6 +92,7 @@ def run(job: Job, log: RunLog, params):
                         "time/update": took,
                         "compile/count": compiles.count(),
                     }
+                    | job.search.counters()
                 )
                 log.scalars(number + 1, "grpo", metrics)
                 shown = [g[i] for i in range(config.group_size) for g in scored if i < len(g)]
@@ -94,11 +103,7 @@ def run(job: Job, log: RunLog, params):
                 # 5. Checkpoint.
                 done = number + 1
                 if done % e.checkpoint.every == 0 or done == config.steps:
-                    meta = {
-                        "step": done, "data": stream.state(), "skipped": job.skipped,
-                        "carried": sampler.carried(),
-                    }  # fmt: skip
-                    checkpoints.save(done, state, meta)
+                    checkpoints.save(done, state, sampler.meta(done))
         return state.params
 
 
@@ -116,16 +121,21 @@ class _Sampler:
         self.supply = Supply(self.rollouts, e.carry, e.grpo.prompts, self._draw)
         self.bad = 0
 
-    def restore(self, carried: list[dict], data: dict) -> None:
+    def restore(self, meta: dict) -> None:
         """Asks again what was in flight, then goes on with the data where it stood."""
-        for question in carried:
+        for question in meta.get("carried", []):
             self.stream.restore(question["origin"])
             self.supply.add(self._drawn(question["visit"]))
-        self.stream.restore(data)
+        self.stream.restore(meta["data"])
 
-    def carried(self) -> list[dict]:
-        """What `restore` needs of the questions in flight, as plain JSON."""
-        return [{"origin": d.origin, "visit": d.ask.visit} for d in self.supply.in_flight]
+    def meta(self, step: int) -> dict:
+        """What a checkpoint of `step` has to know to go on, as plain JSON."""
+        return {
+            "step": step,
+            "data": self.stream.state(),
+            "skipped": self.job.skipped,
+            "carried": [{"origin": d.origin, "visit": d.ask.visit} for d in self.supply.in_flight],
+        }
 
     def sample(self, number: int) -> tuple[list[list[Trajectory]], dict[str, float]]:
         """The groups of step `number`, and measurements under their names in metrics.jsonl."""

@@ -1,8 +1,19 @@
-"""Image search over a local index: picture -> titles and thumbnails."""
+"""Image search: picture -> titles and thumbnails, over a local index or on the web."""
 
 import asyncio
+import base64
+import binascii
+import dataclasses
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
+from mmsr_jax.tools.attempts import first_good
+from mmsr_jax.tools.base import ToolError
+from mmsr_jax.tools.hits import Found, Hit, ImageProvider
 from mmsr_jax.tools.local import LocalImageIndex
+from mmsr_jax.tools.recorded import Recorder, Request
 from mmsr_jax.types import ResultItem, ToolCall
 
 
@@ -23,3 +34,113 @@ class LocalImageSearch:
         return tuple(
             ResultItem(entry.title, entry.link, thumbnail=entry.thumbnail) for entry in entries
         )
+
+
+class WebImageSearch:
+    """Image search through a provider. A result whose thumbnail cannot be had is replaced.
+
+    Args:
+      fetch: (URL, seconds) -> the bytes behind it, from public addresses only; or ToolError.
+      clean: hostile bytes -> a decoded and re-encoded picture, or ToolError; may take a while,
+        so it runs in a thread.
+      results: titles with thumbnails wanted.
+      candidates: matches to try at the most.
+      deadline: seconds for everything; what is done by then is the result.
+    """
+
+    name = "image_search"
+
+    def __init__(
+        self,
+        provider: ImageProvider,
+        fetch: Callable[[str, float], Awaitable[bytes]],
+        clean: Callable[[bytes], bytes],
+        recorder: Recorder,
+        *,
+        results: int = 5,
+        candidates: int = 15,
+        deadline: float = 25.0,
+    ):
+        if not 1 <= results <= candidates:
+            raise ValueError(
+                f"{candidates} candidates cannot give {results} results: at least 1 result, and "
+                "no fewer candidates than results"
+            )
+        self._provider, self._fetch, self._clean = provider, fetch, clean
+        self._recorder = recorder
+        self._results, self._candidates, self._deadline = results, candidates, deadline
+        self.provider = provider.name
+        self.identity: Mapping[str, Any] = {
+            "provider": dict(provider.identity),
+            "results": results,
+            "candidates": candidates,
+        }
+
+    async def run(self, call: ToolCall) -> tuple[ResultItem, ...]:
+        found = await self.find(call)
+        if not found.hits:
+            raise ToolError("no_results")
+        return tuple(hit.item() for hit in found.hits)
+
+    async def find(self, call: ToolCall) -> Found:
+        """Titles and thumbnails; none when the provider knows no match.
+
+        Raises:
+          ToolError: the provider's, "budget", or "unread" when no thumbnail could be had.
+        """
+        until = time.monotonic() + self._deadline
+        matches = await self._matches(call.image)
+
+        async def show(hit: Hit) -> Hit:
+            if hit.picture is not None:
+                return hit
+            left = until - time.monotonic()
+            data = inline(hit.thumbnail) or await self._fetch(hit.thumbnail, max(left, 0.001))
+            return dataclasses.replace(hit, picture=await self._cleaned(data))
+
+        tried = await first_good(matches.hits, show, self._results, until - time.monotonic())
+        if matches.hits and not tried.good:
+            first = str(tried.errors[0]) if tried.errors else "timeout"
+            raise ToolError("unread", f"none of {len(matches.hits)} thumbnails: {first}"[:200])
+        return Found(
+            tried.good, matches.cost, matches.paid, provider=self.provider, complete=tried.complete
+        )
+
+    async def _matches(self, picture: bytes) -> Found:
+        provider = self._provider
+        request = Request(
+            "lens",
+            provider.name,
+            {
+                "identity": dict(provider.identity),
+                "image": hashlib.sha256(picture).hexdigest(),
+                "count": self._candidates,
+            },
+        )
+
+        async def live() -> Found:
+            found = await provider.search(picture, self._candidates, self._deadline)
+            hits = [
+                hit if hit.picture is None
+                else dataclasses.replace(hit, picture=await self._cleaned(hit.picture))
+                for hit in found.hits
+            ]  # fmt: skip
+            return dataclasses.replace(found, hits=tuple(hits))
+
+        return await self._recorder.ask(request, live, provider.price)
+
+    async def _cleaned(self, data: bytes) -> bytes:
+        return await asyncio.to_thread(self._clean, data)
+
+
+def inline(url: str) -> bytes | None:
+    """The bytes of a base64 `data:` URL, None for another URL. ToolError when it is broken."""
+    if not url.startswith("data:"):
+        return None
+    head, _, data = url.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise ToolError("bad_response", "a data URL that is not base64") from None

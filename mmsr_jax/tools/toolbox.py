@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from mmsr_jax.tools.base import Tool, ToolError
 from mmsr_jax.types import ResultItem, ToolCall, ToolResult
@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 Future = concurrent.futures.Future
 HEARTBEAT = 0.25  # seconds between two signs of life of the event loop
 GRACE = 1.0  # seconds over the deadline before the loop itself counts as stuck
+CLOSING = 4.0  # seconds that ending what the tools share may take
 MAX_ERROR_CHARS = 300
 CLOSED = "failed: the toolbox is closed"
 
@@ -36,19 +37,27 @@ class Toolbox:
         tools: by the name that `ToolCall.tool` uses.
         deadline: seconds one call may run, counted from the moment it leaves the queue.
         max_concurrent: calls that run at the same time; others queue.
+        closing: run at the end, on the tools' own event loop: ends what they share.
 
     Every future that `submit` returns gets a `ToolResult`: items, or a named error ("timeout",
     "no_results", "failed: ..."). A second thread watches the loop, so that even a tool that
     blocks it by mistake costs no more than a timeout.
     """
 
-    def __init__(self, tools: Mapping[str, Tool], deadline: float = 30.0, max_concurrent: int = 64):
+    def __init__(
+        self,
+        tools: Mapping[str, Tool],
+        deadline: float = 30.0,
+        max_concurrent: int = 64,
+        closing: Callable[[], Awaitable[None]] | None = None,
+    ):
         if deadline <= 0:
             raise ValueError(f"deadline must be above 0 seconds, not {deadline}")
         if max_concurrent < 1:
             raise ValueError(f"max_concurrent must be at least 1, not {max_concurrent}")
         self._tools = dict(tools)
         self._deadline = deadline
+        self._closing = closing
         self._counters = {name: Counter() for name in self._tools}
         self._lock = threading.Lock()
         self._pending: dict[Future, tuple[ToolCall, float]] = {}
@@ -116,6 +125,11 @@ class Toolbox:
             task.cancel()
         # One more turn of the loop lets cancelled tools clean up; who does not is left behind.
         self._loop.run_until_complete(asyncio.sleep(0))
+        if self._closing is not None:
+            try:
+                self._loop.run_until_complete(asyncio.wait_for(self._closing(), CLOSING))
+            except Exception as error:
+                log.warning("the tools did not close well: %s", type(error).__name__)
         self._loop.close()
 
     def _pulse(self) -> None:

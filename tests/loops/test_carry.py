@@ -47,7 +47,8 @@ def test_groups_in_flight_survive_updates_and_restarts(small, tmp_path, cache, m
 
         stream = job.stream("train", experiment.data.grpo_categories, experiment.data.grpo_shares)
         sampler = _Sampler(job, stream)
-        sampler.restore(carried[-1], saved[-1]["data"])
-        assert sampler.carried() == carried[-1] and stream.state() == saved[-1]["data"]
+        sampler.restore(saved[-1])
+        assert sampler.meta(4)["carried"] == carried[-1]
+        assert stream.state() == saved[-1]["data"]
     finally:
         job.close()

@@ -1,0 +1,1 @@
+"""Search services, one a file: their requests, their answers, their prices."""

@@ -1,0 +1,233 @@
+"""Between the tools and the services: the store, the budget, and calls that are made only once."""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal
+
+from mmsr_jax.tools.base import Tool, ToolError
+from mmsr_jax.tools.budget import Budget
+from mmsr_jax.tools.hits import Finder, Found, Hit
+from mmsr_jax.tools.store import Record, Store
+from mmsr_jax.types import ResultItem, ToolCall
+
+Live = Callable[[], Awaitable[Found]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What identifies a call: equal requests have equal answers. Holds no secrets."""
+
+    kind: str  # the tool, or the stage of one
+    provider: str
+    content: Mapping[str, Any]  # JSON values; pictures by their sha256
+
+    @property
+    def text(self) -> str:
+        """Canonical JSON."""
+        whole = {"kind": self.kind, "provider": self.provider, **self.content}
+        return json.dumps(whole, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def write(found: Found) -> tuple[str, dict[str, bytes]]:
+    """A response as JSON, and its pictures by sha256."""
+    pictures: dict[str, bytes] = {}
+    hits = []
+    for hit in found.hits:
+        entry = {k: v for k in ("title", "link", "text", "thumbnail") if (v := getattr(hit, k))}
+        if hit.picture is not None:
+            digest = hashlib.sha256(hit.picture).hexdigest()
+            pictures[digest] = hit.picture
+            entry["picture"] = digest
+        hits.append(entry)
+    return json.dumps({"hits": hits}, ensure_ascii=True), pictures
+
+
+def read(record: Record) -> Found:
+    """What a record answers. ToolError "failed" when a picture of it is gone."""
+    hits = []
+    for entry in json.loads(record.response)["hits"]:
+        digest = entry.get("picture")
+        if digest is not None and digest not in record.pictures:
+            raise ToolError("failed", f"the store has lost picture {digest} of {record.key}")
+        hits.append(
+            Hit(
+                entry.get("title", ""), entry.get("link", ""), entry.get("text", ""),
+                entry.get("thumbnail", ""), None if digest is None else record.pictures[digest],
+            )
+        )  # fmt: skip
+    return Found(
+        tuple(hits), record.cost, 0.0, record.seconds, record.provider, "store", record.complete
+    )
+
+
+class Recorder:
+    """Asks the store, else the service; equal calls in flight are one call.
+
+    Recorded is what a service said: its hits, or that it has none. A failure is never recorded. An
+    answer that a failure has made smaller (`Found.complete`) is recorded for replays only.
+
+    Args:
+      store: None keeps nothing; joining and the budget work all the same.
+      mode: as in `StoreConfig`.
+      ttl: age in seconds from which on a record counts as absent in mode `cache`; 0 for none.
+    """
+
+    def __init__(
+        self,
+        store: Store | None = None,
+        mode: Literal["live", "cache", "replay"] = "cache",
+        ttl: float = 0.0,
+        budget: Budget | None = None,
+    ):
+        if mode == "replay" and store is None:
+            raise ValueError("mode 'replay' needs a store")
+        self.store, self.mode, self.budget = store, mode, budget or Budget()
+        self._ttl = ttl
+        self._flights: dict[str, asyncio.Task[Found]] = {}
+        # One thread: sqlite may have to wait for another process, the event loop may not.
+        self._disk = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search-store")
+        self._counters = dict.fromkeys(("live", "from_store", "joined", "recorded", "failed"), 0)
+
+    async def ask(self, request: Request, live: Live, price: float = 0.0) -> Found:
+        """The answer to `request`, from the store or by `live`.
+
+        A call in flight outlives the caller that gave up on it: it is paid for, so it is recorded.
+
+        Args:
+          price: US dollars that `live` costs itself, apart from what it asks this recorder for.
+
+        Raises:
+          ToolError: "not_recorded" in mode `replay`, "budget", or what `live` raises.
+        """
+        key = request.key
+        flight = self._flights.get(key)
+        joined = flight is not None
+        if flight is None:
+            flight = asyncio.get_running_loop().create_task(self._fly(key, request, live, price))
+            self._flights[key] = flight
+            flight.add_done_callback(lambda task: self._land(key, task))
+        else:
+            self._counters["joined"] += 1
+        found = await asyncio.shield(flight)
+        return dataclasses.replace(found, paid=0.0, source="joined") if joined else found
+
+    def _land(self, key: str, task: "asyncio.Task[Found]") -> None:
+        if self._flights.get(key) is task:
+            del self._flights[key]
+        if not task.cancelled():
+            task.exception()  # seen, even when every caller has gone
+
+    async def _fly(self, key: str, request: Request, live: Live, price: float) -> Found:
+        if self.store is not None and self.mode != "live":
+            if (found := await self._look(key)) is not None:
+                self._counters["from_store"] += 1
+                return found
+            if self.mode == "replay":
+                raise ToolError("not_recorded", f"{request.kind} by {request.provider}")
+        began = time.monotonic()
+        self._counters["live"] += 1
+        try:
+            with self.budget.hold(request.provider, price) as hold:
+                found = await live()
+                if price:
+                    hold.cost = found.cost
+        except Exception:
+            self._counters["failed"] += 1
+            raise
+        own = found.cost if price else 0.0
+        found = dataclasses.replace(
+            found, seconds=time.monotonic() - began, paid=found.paid + own, source="live"
+        )
+        if self.store is not None:
+            response, pictures = write(found)
+            record = Record(
+                key, request.kind, request.provider, request.text, response, found.seconds,
+                found.cost, own, time.time(), found.complete, pictures,
+            )  # fmt: skip
+            await self._on_disk(self.store.put, record)
+            self._counters["recorded"] += 1
+        return found
+
+    async def _look(self, key: str) -> Found | None:
+        replay = self.mode == "replay"
+        age = 0.0 if replay else self._ttl
+        record = await self._on_disk(self.store.get, key, age, replay)
+        return None if record is None else read(record)
+
+    async def _on_disk(self, function, *arguments):
+        return await asyncio.get_running_loop().run_in_executor(self._disk, function, *arguments)
+
+    def counters(self) -> dict[str, float]:
+        """Totals since the start; `paid` and `paid_calls` are the budget's."""
+        money = {"paid": self.budget.spent, "paid_calls": self.budget.calls}
+        return self._counters | money
+
+    def close(self) -> None:
+        """Waits for what is being written, and closes the store."""
+        self._disk.shutdown(wait=True)
+        if self.store is not None:
+            self.store.close()
+
+
+class Recorded:
+    """A tool behind a recorder. Wraps any `Tool`, also a local one.
+
+    Args:
+      tool: a `Tool`, or a `Finder`, which also knows costs.
+      identity: what the answers depend on beside the call (settings, versions); a `Finder`
+        knows its own.
+      parts: the parts of a call that the answers depend on; by default picture for an image
+        search, query and question for a text search.
+    """
+
+    def __init__(
+        self,
+        tool: Tool | Finder,
+        recorder: Recorder,
+        identity: Mapping[str, Any] | None = None,
+        parts: tuple[str, ...] | None = None,
+    ):
+        self.name = tool.name
+        self.provider = getattr(tool, "provider", "local")
+        self._tool, self._recorder = tool, recorder
+        self._identity = dict(getattr(tool, "identity", {}) if identity is None else identity)
+        default = ("image",) if tool.name == "image_search" else ("query", "question")
+        self._parts = default if parts is None else parts
+
+    def request(self, call: ToolCall) -> Request:
+        content: dict[str, Any] = {"identity": self._identity}
+        for part in self._parts:
+            value = getattr(call, part)
+            content[part] = hashlib.sha256(value).hexdigest() if part == "image" else value
+        return Request(self.name, self.provider, content)
+
+    async def find(self, call: ToolCall) -> Found:
+        """The answer with its costs. ToolError "no_results" when there is none to be had."""
+        found = await self._recorder.ask(self.request(call), lambda: self._live(call))
+        if not found.hits:
+            raise ToolError("no_results")
+        return found
+
+    async def run(self, call: ToolCall) -> tuple[ResultItem, ...]:
+        return tuple(hit.item() for hit in (await self.find(call)).hits)
+
+    async def _live(self, call: ToolCall) -> Found:
+        try:
+            if hasattr(self._tool, "find"):
+                return await self._tool.find(call)
+            items = await self._tool.run(call)
+        except ToolError as error:
+            if error.kind != "no_results":
+                raise
+            return Found((), provider=self.provider)
+        hits = tuple(Hit(i.title, i.link, i.text, picture=i.thumbnail) for i in items)
+        return Found(hits, provider=self.provider)

@@ -1,0 +1,159 @@
+"""A fault storm, in processes of its own: a server that fails, and a run that calls it.
+
+    python tests/tools/storm.py server SEED          prints its address; GET /stats tells its counts
+    python tests/tools/storm.py client URL STORE LOG CALLS DISTINCT
+
+The server speaks Serper's /search; three of ten answers are faults of eight kinds. The client
+makes CALLS calls over DISTINCT queries, 64 at a time, through toolbox, recorder, store, pipeline,
+provider and HTTP client; every ended call is a line of LOG.
+"""
+
+import asyncio
+import collections
+import json
+import pathlib
+import random
+import sys
+import threading
+import time
+
+from fault_server import FaultServer, path, reset, response
+
+from mmsr_jax.tools.assembly import WebConfig, assemble
+from mmsr_jax.tools.budget import BudgetConfig
+from mmsr_jax.tools.http import HttpConfig
+from mmsr_jax.tools.limits import Limits
+from mmsr_jax.tools.providers.serper import SerperConfig
+from mmsr_jax.tools.store import StoreConfig
+from mmsr_jax.tools.toolbox import Toolbox
+from mmsr_jax.types import ToolCall
+
+FAULTS = ("401", "402", "429", "500", "hang", "reset", "truncated", "type")
+SHARE = 0.3
+AT_ONCE = 64
+WEB_DEADLINE, DEADLINE = 1.5, 2.0
+
+
+def truth(query: str) -> dict:
+    """The answer to a query: nothing for one in ten."""
+    number = int(query.rpartition(" ")[2])
+    organic = [
+        {"title": f"{query} title {n}", "link": f"https://a.example/{number}/{n}",
+         "snippet": f"snippet {n} of {query} " + "x" * 200, "position": n}
+        for n in range(0 if number % 10 == 0 else 5)
+    ]  # fmt: skip
+    return {"searchParameters": {"q": query}, "organic": organic, "credits": 1}
+
+
+async def serve(seed: int) -> None:
+    dice = random.Random(seed)
+    faults: collections.Counter = collections.Counter()
+    good: collections.Counter = collections.Counter()
+
+    async def handler(head, reader, writer):
+        if path(head) == "/stats":
+            counts = {"faults": faults, "good": good, "repeated": {q: n for q, n in good.items()
+                                                                   if n > 1}}  # fmt: skip
+            writer.write(response(200, json.dumps(counts).encode()))
+            return
+        query = json.loads(server.bodies[-1])["q"]
+        server.bodies.clear()
+        server.heads.clear()
+        await asyncio.sleep(dice.uniform(0, 0.02))
+        if dice.random() >= SHARE:
+            good[query] += 1
+            writer.write(response(200, json.dumps(truth(query)).encode()))
+            return
+        fault = dice.choice(FAULTS)
+        faults[fault] += 1
+        body = json.dumps(truth(query)).encode()
+        if fault == "hang":
+            await asyncio.sleep(30)
+        elif fault == "reset":
+            writer.write(response(200, body)[:150])
+            await writer.drain()
+            reset(writer)
+        elif fault == "truncated":
+            writer.write(response(200, body[: len(body) // 2]))
+        elif fault == "type":
+            writer.write(response(200, b"<html>sorry</html>", "text/html"))
+        elif fault == "429":
+            writer.write(response(429, b'{"message": "slow down"}', Retry_After="0"))
+        else:
+            writer.write(response(int(fault), b'{"message": "no"}'))
+
+    server = FaultServer(handler)
+    async with server:
+        print(server.url, flush=True)
+        await asyncio.Event().wait()
+
+
+def rss() -> int:
+    """Memory of this process, in MB."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) // 1024
+    raise RuntimeError("no VmRSS")
+
+
+def client(url: str, store: str, log: str, calls: int, distinct: int) -> dict:
+    """Makes the calls; returns counts."""
+    limits = Limits(rate=100_000, burst=1000, concurrency=128)
+    web = WebConfig(
+        text="serper", read=False, deadline=WEB_DEADLINE, serper=SerperConfig(url=url),
+        http=HttpConfig(retries=2, backoff=0.02, default_limits=limits, limits={}),
+    )  # fmt: skip
+    search = assemble(
+        "web", web, StoreConfig(store), BudgetConfig(), image_results=5, text_results=5,
+        deadline=DEADLINE, local=dict, local_identity={}, only="text_search",
+    )  # fmt: skip
+    outcomes: collections.Counter = collections.Counter()
+    wrong: list[str] = []
+    longest, memory, done = 0.0, [], 0
+    room, lock = threading.Semaphore(AT_ONCE), threading.Lock()
+    dice = random.Random(1)
+    began = time.monotonic()
+    with (
+        open(log, "a", buffering=1) as lines,
+        Toolbox(search.tools, DEADLINE, AT_ONCE, closing=search.close) as toolbox,
+    ):
+
+        def ended(number, query, future):
+            nonlocal longest, done
+            result = future.result()
+            kind = (result.error or "items").partition(":")[0]
+            if result.error is None:
+                expected = [o["snippet"] for o in truth(query)["organic"]]
+                if [i.text for i in result.items] != expected:
+                    wrong.append(query)
+            elif kind == "no_results" and truth(query)["organic"]:
+                wrong.append(query)
+            with lock:
+                outcomes[kind] += 1
+                longest = max(longest, result.seconds)
+                done += 1
+                if done % 1000 == 0:
+                    memory.append(rss())
+                lines.write(json.dumps([number, query, kind]) + "\n")
+            room.release()
+
+        for number in range(calls):
+            query = f"query {dice.randrange(distinct)}"
+            room.acquire()
+            future = toolbox.submit(ToolCall("text_search", query, b"", "?"))
+            future.add_done_callback(lambda f, n=number, q=query: ended(n, q, f))
+        for _ in range(AT_ONCE):
+            room.acquire()
+        counters = search.counters()
+    return {
+        "calls": calls, "outcomes": dict(outcomes), "wrong": wrong, "longest": round(longest, 3),
+        "memory_mb": memory, "seconds": round(time.monotonic() - began, 1), **counters,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "server":
+        asyncio.run(serve(int(sys.argv[2])))
+    else:
+        url, store, log, calls, distinct = sys.argv[2:]
+        print(json.dumps(client(url, store, log, int(calls), int(distinct))), flush=True)
