@@ -1,18 +1,22 @@
-"""`mmsr search`: the tools of the embedded world from the shell."""
+"""`mmsr search`: the tools of the embedded world from the shell, and indices of one's own."""
 
 import json
 import pathlib
 
+from mmsr_jax.cli import search_index, search_serve
 from mmsr_jax.cli.endings import UsageError
 from mmsr_jax.cli.words import Parser, printable
 from mmsr_jax.types import ToolCall, ToolResult
 
 EXAMPLE = 'mmsr search text "capital of Nepal"'
+OTHERS = {"index": search_index, "serve": search_serve}
 
 
 def run(words: list[str]) -> None:
     """One call through the toolbox that training uses; finding nothing is no error."""
     given = parser().parse(words)
+    if given.tool in OTHERS:
+        return OTHERS[given.tool].run(given)
     if given.count < 1:
         raise UsageError(f"--count must be at least 1, not {given.count}")
     result = _ask(_call(given), given.count)
@@ -28,7 +32,7 @@ def run(words: list[str]) -> None:
 
 def parser() -> Parser:
     made = Parser("mmsr search", "Searches the embedded world of flags and countries.", EXAMPLE)
-    tools = made.add_subparsers(dest="tool", metavar="text|image", required=True)
+    tools = made.add_subparsers(dest="tool", metavar="text|image|index|serve", required=True)
     text = tools.add_parser(
         "text", prog="mmsr search text", description="Finds articles.", example=EXAMPLE
     )
@@ -43,6 +47,8 @@ def parser() -> Parser:
     for tool in (text, image):
         tool.add_argument("--count", type=int, default=3, help="results (default: 3)")
         tool.add_argument("--json", action="store_true", help="one JSON object, with thumbnails")
+    for other in OTHERS.values():
+        other.add(tools)
     return made
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from mmsr_jax.tools.index.pictures import PictureIndex
 from mmsr_jax.tools.local import LocalImageIndex
 from mmsr_jax.types import ResultItem, ToolCall
 
@@ -11,7 +12,7 @@ class LocalImageSearch:
 
     name = "image_search"
 
-    def __init__(self, index: LocalImageIndex, topk: int = 3):
+    def __init__(self, index: LocalImageIndex | PictureIndex, topk: int = 3):
         if topk < 1:
             raise ValueError(f"topk must be at least 1, not {topk}")
         self._index = index
