@@ -101,10 +101,17 @@ HASH = (9, 9)  # grey grid whose neighbours are compared
 DEAD_ZONE = 0.25  # differences below this (in standard deviations of grey) count as equal
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow opens: at any other name it would give up."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def load(picture: bytes) -> Image.Image:
     """Decodes a picture to RGB on white. ToolError("failed") when it cannot be decoded."""
     try:
-        image = Image.open(io.BytesIO(picture), formats=FORMATS)
+        image = Image.open(io.BytesIO(picture), formats=_formats())
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS}")
         image = image.convert("RGBA")
