@@ -74,6 +74,7 @@ class UsearchVectors:
         """Rows and inner products of (nearly always) the nearest, best first."""
         found = self._graph.search(vector, 2 * topk, threads=1)
         rows = np.sort(np.asarray(found.keys, np.int64))  # ties by row, as in the exact index
-        scores = np.einsum("ij,j->i", self._vectors[rows], vector)  # the graph holds halves of the precision
+        # The graph holds half the precision; these are what the exact index would say.
+        scores = np.einsum("ij,j->i", self._vectors[rows], vector)
         order = np.argsort(-scores, kind="stable")[:topk]
         return rows[order], scores[order]
