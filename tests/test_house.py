@@ -23,6 +23,7 @@ FLOORS = {
     "agent": 4,
     "engine": 3,
     "train": 3,
+    "embed": 3,
     "data": 3,
     "inputs": 2,
     "weights": 2,

@@ -159,8 +159,57 @@ def _show_load(record: dict) -> None:
     print(load.table(record))
 
 
+def _tools_parser(what) -> Parser:
+    made = what.add_parser(
+        "tools",
+        prog="mmsr bench tools",
+        description="Local search over generated passages and pictures: building (seconds, disk, "
+        "peak memory), latency in the process and over HTTP, and what approximations miss.",
+        example="mmsr bench tools --passages 100000 --pictures 10000 --json",
+    )
+    made.add_argument("--passages", type=int, default=1_000_000, help="default: 1,000,000")
+    made.add_argument("--pictures", type=int, default=100_000, help="default: 100,000")
+    made.add_argument("--text", nargs="+", default=["fts", "tantivy"], help="back ends of text")
+    made.add_argument(
+        "--vectors", nargs="+", default=["exact", "usearch"], help="back ends of pictures"
+    )
+    made.add_argument(
+        "--concurrency", nargs="+", type=int, default=[1, 32], help="questions at once (1 32)"
+    )
+    made.add_argument("--seconds", type=float, default=10.0, help="of each latency (10)")
+    made.add_argument(
+        "--compared", type=int, default=40, help="questions whose recall is measured (40)"
+    )
+    made.add_argument("--folder", help="where files may lie (default: the system's temporary)")
+    return made
+
+
+def _tools(given) -> dict:
+    from mmsr_jax.bench import tools
+
+    return tools.run(
+        tools.Options(
+            passages=given.passages,
+            pictures=given.pictures,
+            text=tuple(given.text),
+            vectors=tuple(given.vectors),
+            concurrency=tuple(given.concurrency),
+            seconds=given.seconds,
+            compared=given.compared,
+            folder=given.folder,
+        )
+    )
+
+
+def _show_tools(record: dict) -> None:
+    from mmsr_jax.bench import tools
+
+    print(tools.table(record))
+
+
 # name: (adds its parser, measures, prints the table)
 MEASUREMENTS = {
     "model": (_model_parser, _model, _show_model),
     "load": (_load_parser, _load, _show_load),
+    "tools": (_tools_parser, _tools, _show_tools),
 }

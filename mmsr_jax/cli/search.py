@@ -1,10 +1,10 @@
-"""`mmsr search`: the search tools from the shell."""
+"""`mmsr search`: the search tools from the shell, and indices of one's own."""
 
 import json
 import pathlib
 import time
 
-from mmsr_jax.cli import search_store
+from mmsr_jax.cli import search_index, search_serve, search_store
 from mmsr_jax.cli.endings import UsageError
 from mmsr_jax.cli.words import Parser, printable
 from mmsr_jax.types import ToolCall
@@ -13,14 +13,14 @@ EXAMPLE = 'mmsr search text "capital of Nepal"'
 FLAGS = "flags"  # the embedded world
 TEXTS = ("serper", "serpapi", "searxng", "jina", "retriever")
 IMAGES = ("serper", "serpapi", "retriever")
+OTHERS = {"store": search_store, "index": search_index, "serve": search_serve}
 
 
 def run(words: list[str]) -> None:
     """One call through the tools that training uses; finding nothing is no error."""
     given = parser().parse(words)
-    if given.tool == "store":
-        search_store.run(given)
-        return
+    if given.tool in OTHERS:
+        return OTHERS[given.tool].run(given)
     if given.count < 1:
         raise UsageError(f"--count must be at least 1, not {given.count}")
     call = _call(given)
@@ -35,7 +35,7 @@ def run(words: list[str]) -> None:
 
 def parser() -> Parser:
     made = Parser("mmsr search", "Searches the embedded world, or the web.", EXAMPLE)
-    tools = made.add_subparsers(dest="tool", metavar="text|image|store", required=True)
+    tools = made.add_subparsers(dest="tool", metavar="text|image|store|index|serve", required=True)
     text = tools.add_parser(
         "text", prog="mmsr search text", description="Finds pages or articles.", example=EXAMPLE
     )
@@ -61,7 +61,8 @@ def parser() -> Parser:
             "--store", default="", help="a file that keeps answers and is asked first"
         )
         tool.add_argument("--replay", action="store_true", help="ask the store only")
-    search_store.add(tools)
+    for other in OTHERS.values():
+        other.add(tools)
     return made
 
 

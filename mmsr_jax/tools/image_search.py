@@ -12,6 +12,7 @@ from typing import Any
 from mmsr_jax.tools.attempts import first_good
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.hits import Found, Hit, ImageProvider
+from mmsr_jax.tools.index.pictures import PictureIndex
 from mmsr_jax.tools.local import LocalImageIndex
 from mmsr_jax.tools.recorded import Recorder, Request
 from mmsr_jax.types import ResultItem, ToolCall
@@ -22,7 +23,7 @@ class LocalImageSearch:
 
     name = "image_search"
 
-    def __init__(self, index: LocalImageIndex, topk: int = 3):
+    def __init__(self, index: LocalImageIndex | PictureIndex, topk: int = 3):
         if topk < 1:
             raise ValueError(f"topk must be at least 1, not {topk}")
         self._index = index

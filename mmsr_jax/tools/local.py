@@ -43,32 +43,45 @@ class LocalTextIndex:
         except sqlite3.OperationalError as error:
             raise RuntimeError(f"this Python's sqlite has no FTS5: {error}") from error
         self._db.executemany("INSERT INTO passages VALUES (?, ?, ?)", passages)
+        (self._count,) = self._db.execute("SELECT count(*) FROM passages").fetchone()
         # The index never changes, and the samples of a group ask the same again and again.
-        self.search = functools.lru_cache(maxsize=4096)(self.search)
+        self._scored = functools.lru_cache(maxsize=4096)(self._scored)
+
+    def __len__(self) -> int:
+        """Passages."""
+        return self._count
 
     def search(self, query: str, topk: int) -> list[Passage]:
         """The best passage of each of the `topk` best articles; may be empty, never raises.
 
         Terms are joined by OR. No character of the query is an operator: each term is quoted.
         """
+        return [passage for passage, _ in self._scored(query, topk)]
+
+    def scored(self, query: str, topk: int) -> list[tuple[Passage, float]]:
+        """What `search` finds, with BM25 scores; higher is better."""
+        return list(self._scored(query, topk))
+
+    def _scored(self, query: str, topk: int) -> tuple[tuple[Passage, float], ...]:
         terms = dict.fromkeys(re.findall(r"\w+", query[:MAX_QUERY_CHARS].casefold()))
         if not terms:
-            return []
+            return ()
         match = " OR ".join(f'"{term}"' for term in list(terms)[:MAX_QUERY_TERMS])
-        best: dict[str, Passage] = {}
+        best: dict[str, tuple[Passage, float]] = {}
+        score = f"bm25(passages, {TITLE_WEIGHT}, 0.0, 1.0)"
         with self._lock:
             rows = self._db.execute(
-                "SELECT title, link, text FROM passages WHERE passages MATCH ? "
-                f"ORDER BY bm25(passages, {TITLE_WEIGHT}, 0.0, 1.0), rowid",
+                f"SELECT title, link, text, {score} FROM passages WHERE passages MATCH ? "
+                f"ORDER BY {score}, rowid",
                 (match,),
             )
-            for row in rows:
-                passage = Passage(*row)
-                best.setdefault(passage.link, passage)
+            for *fields, value in rows:
+                passage = Passage(*fields)
+                best.setdefault(passage.link, (passage, -value))
                 if len(best) == topk:
                     break
             rows.close()
-        return list(best.values())
+        return tuple(best.values())
 
 
 class PictureEntry(NamedTuple):
@@ -89,10 +102,17 @@ HASH = (9, 9)  # grey grid whose neighbours are compared
 DEAD_ZONE = 0.25  # differences below this (in standard deviations of grey) count as equal
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow opens: at any other name it would give up."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def load(picture: bytes) -> Image.Image:
     """Decodes a picture to RGB on white. ToolError("failed") when it cannot be decoded."""
     try:
-        image = Image.open(io.BytesIO(picture), formats=FORMATS)
+        image = Image.open(io.BytesIO(picture), formats=_formats())
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS}")
         image = image.convert("RGBA")
@@ -146,9 +166,21 @@ class LocalImageIndex:
         if not vectors:
             raise ValueError("an image index needs at least 1 picture, not 0")
         self._vectors = np.stack(vectors)  # [entries, n]
-        self.search = functools.lru_cache(maxsize=512)(self.search)  # the index never changes
+        self._scored = functools.lru_cache(maxsize=512)(self._scored)  # the index never changes
+
+    def __len__(self) -> int:
+        """Pictures."""
+        return len(self._entries)
 
     def search(self, picture: bytes, topk: int) -> list[PictureEntry]:
         """The `topk` most similar entries, best first. ToolError for an undecodable picture."""
+        return [entry for entry, _ in self._scored(picture, topk)]
+
+    def scored(self, picture: bytes, topk: int) -> list[tuple[PictureEntry, float]]:
+        """What `search` finds, with inner products of the features."""
+        return list(self._scored(picture, topk))
+
+    def _scored(self, picture: bytes, topk: int) -> tuple[tuple[PictureEntry, float], ...]:
         scores = self._vectors @ features(load(picture))
-        return [self._entries[i] for i in np.argsort(-scores, kind="stable")[:topk]]
+        best = np.argsort(-scores, kind="stable")[:topk]
+        return tuple((self._entries[i], float(scores[i])) for i in best)

@@ -3,6 +3,7 @@
 import asyncio
 
 from mmsr_jax.tools.base import ToolError
+from mmsr_jax.tools.index.text import TextIndex
 from mmsr_jax.tools.local import LocalTextIndex
 from mmsr_jax.types import ResultItem, ToolCall
 
@@ -12,7 +13,7 @@ class LocalTextSearch:
 
     name = "text_search"
 
-    def __init__(self, index: LocalTextIndex, topk: int = 3):
+    def __init__(self, index: LocalTextIndex | TextIndex, topk: int = 3):
         if topk < 1:
             raise ValueError(f"topk must be at least 1, not {topk}")
         self._index = index
