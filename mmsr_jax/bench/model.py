@@ -78,7 +78,7 @@ def run(options: Options) -> dict:
     """
     device = jax.devices()[0]
     dtype = options.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
-    with _sides(options, dtype) as (ours, peer):
+    with sides(options, dtype) as (ours, peer):
         best = limits(dtype)
         cases = []
         for name in options.inputs:
@@ -92,9 +92,9 @@ def run(options: Options) -> dict:
         "size": options.size,
         "parameters": parameters(ours.params),
         "dtype": dtype,
-        "device": _device(device),
+        "device": device_name(device),
         "threads": threads(),
-        "versions": _versions(),
+        "versions": versions(),
         "peer": None if peer is None else f"transformers on torch, {peer.device}, sdpa",
         "layers": options.layers,
         "remat": options.remat,
@@ -105,7 +105,7 @@ def run(options: Options) -> dict:
 
 
 @contextlib.contextmanager
-def _sides(options: Options, dtype: str) -> Iterator[tuple[Ours, Peer | None]]:
+def sides(options: Options, dtype: str) -> Iterator[tuple[Ours, Peer | None]]:
     """Both, on the same weights; random ones go to the peer through a folder."""
     kinds = {name: getattr(options, name) for name in ("remat", "attention")}
     kinds |= {"dtype": dtype, "param_dtype": dtype}
@@ -260,7 +260,7 @@ class _Cases:
         return {"equal_tokens": equal}
 
 
-def _device(device: jax.Device) -> str:
+def device_name(device: jax.Device) -> str:
     """Its name; of a CPU the model that the system tells."""
     if device.platform != "cpu":
         return device.device_kind
@@ -270,7 +270,7 @@ def _device(device: jax.Device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("jax", "jaxlib", "flax", "torch", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,5 +1,6 @@
 """`mmsr bench`: measurements, each beside what it is compared with."""
 
+import dataclasses
 import json
 
 from mmsr_jax.cli.words import Parser
@@ -207,9 +208,73 @@ def _show_tools(record: dict) -> None:
     print(tools.table(record))
 
 
+def _engine_parser(what) -> Parser:
+    made = what.add_parser(
+        "engine",
+        prog="mmsr bench engine",
+        description="Decoding by turns with transformers' generate on the same weights, and the "
+        "share of what memory allows; then a replay of multi-turn conversations with slow tools "
+        "beside the same with instant ones, a scheduler of rounds behind a barrier, and a plain "
+        "loop of transformers that encodes the whole conversation in every round.",
+        example="mmsr bench engine --sizes tiny --rows 1 16 --time-scale 0.05 --json",
+    )
+    parts = "some of decode, replay, barrier, loop (default: all)"
+    made.add_argument("--parts", nargs="+", help=parts)
+    made.add_argument("--sizes", nargs="+", help="of decoding: tiny, m100, 3b, 7b")
+    made.add_argument("--dtype", help="default: float32 on CPU, else bfloat16")
+    made.add_argument("--rows", nargs="+", type=int, help="of decoding (default: 1 16)")
+    made.add_argument("--contexts", nargs="+", type=int, help="tokens before (default: 64 256)")
+    made.add_argument("--tokens", type=int, help="decoded in one run (default: 48)")
+    made.add_argument("--runs", type=int, help="of decoding, of each side (default: 5)")
+    made.add_argument("--peer", help="torch (default), or none")
+    made.add_argument("--replay-size", help="model of the replay (default: tiny)")
+    made.add_argument("--replay-rows", type=int, help="rows that decode at once (default: 16)")
+    made.add_argument("--flight", type=int, help="trajectories in the engine (default: 64)")
+    made.add_argument("--pages", type=int, help="of its pool (default: enough for all of them)")
+    made.add_argument("--traces", help="JSONL of conversations to replay (default: drawn ones)")
+    made.add_argument("--groups", type=int, help="prompts that are drawn, 8 samples each")
+    made.add_argument("--loop-groups", type=int, help="of them in the plain loop (default: 8)")
+    made.add_argument("--seed", type=int, help="of drawn conversations (default: 0)")
+    made.add_argument("--repeats", type=int, help="of a replay (default: 3)")
+    made.add_argument("--median", type=float, help="seconds of a tool call (default: 1)")
+    made.add_argument("--p99", type=float, help="the slowest in a hundred (default: 20)")
+    made.add_argument("--deadline", type=float, help="calls end there (default: 30)")
+    made.add_argument(
+        "--time-scale", dest="scale", type=float,
+        help="of those three; 1 is real time (default: 0.05)",
+    )  # fmt: skip
+    return made
+
+
+def _engine(given) -> dict:
+    from mmsr_jax.bench import engine
+    from mmsr_jax.bench.engine_replay import Latency
+
+    chosen = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(given).items()
+        if value is not None
+    }
+    names = {field.name for field in dataclasses.fields(Latency)}
+    latency = dataclasses.replace(
+        engine.Options.latency, **{name: chosen[name] for name in names & chosen.keys()}
+    )
+    names = {field.name for field in dataclasses.fields(engine.Options)}
+    return engine.run(
+        engine.Options(**{name: chosen[name] for name in names & chosen.keys()}, latency=latency)
+    )
+
+
+def _show_engine(record: dict) -> None:
+    from mmsr_jax.bench import engine_table
+
+    print(engine_table.table(record))
+
+
 # name: (adds its parser, measures, prints the table)
 MEASUREMENTS = {
     "model": (_model_parser, _model, _show_model),
     "load": (_load_parser, _load, _show_load),
     "tools": (_tools_parser, _tools, _show_tools),
+    "engine": (_engine_parser, _engine, _show_engine),
 }

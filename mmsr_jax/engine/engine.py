@@ -66,7 +66,7 @@ class Engine:
         Raises:
           ValueError: a pool that cannot hold one conversation, or one pass of the tower.
         """
-        self.graph, self.model, self.config = graph, model, config
+        self.graph, self.model, self.config = steps.Graph(graph), model, config
         self.apart = mesh is None and jax.default_backend() == "cpu"
         self.eos_ids = tuple(int(i) for i in eos_ids)
         self.params = None
@@ -80,7 +80,7 @@ class Engine:
             )
         self.schedule = Schedule(pages, config.page)
         here = jax.local_devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
-        self.features = FeaturePool(graph, model, config, here)
+        self.features = FeaturePool(self.graph, model, config, here)
         # Committed like every later pool: otherwise a program's second call compiles it anew.
         kv = qwen.init_pages(model, pages, config.page, mesh)
         place = Placement(mesh, ROLLOUT_RULES)

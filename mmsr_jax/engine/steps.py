@@ -20,6 +20,25 @@ from mmsr_jax.model import cache as cache_lib
 from mmsr_jax.model import qwen2_5_vl as qwen
 
 
+class Graph:
+    """The model's graph with its hash at hand.
+
+    jit asks for the hash of a static argument in every call, and that of a graph walks over the
+    whole model: as long as half a decoding step of a small one.
+    """
+
+    def __init__(self, graph):
+        self.graph, self._hash = graph, hash(graph)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, Graph):
+            return NotImplemented
+        return self.graph is other.graph or self.graph == other.graph
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Extension:
@@ -60,18 +79,20 @@ class Sampled:
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
-def encode(graph, params, features, vision, offset):
+def encode(graph: Graph, params, features, vision, offset):
     """Writes the features of a bucket of pictures into the pool [F, D] at row `offset`."""
-    encoded = qwen.encode_images(graph, params, vision)
+    encoded = qwen.encode_images(graph.graph, params, vision)
     return jax.lax.dynamic_update_slice(features, encoded.astype(features.dtype), (offset, 0))
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
-def extend(graph, params, kv, features, piece: Extension):
+def extend(graph: Graph, params, kv, features, piece: Extension):
     """Computes the keys and values of a piece; returns the pool."""
     inputs = qwen.Inputs(piece.ids, piece.positions, piece.segments, piece.feature)
     cache = qwen.Cache(kv=kv, tables=piece.tables, lengths=piece.lengths)
-    return qwen.forward(graph, params, inputs, cache, features=features, logits=False).cache.kv
+    return qwen.forward(
+        graph.graph, params, inputs, cache, features=features, logits=False
+    ).cache.kv
 
 
 @functools.partial(jax.jit, static_argnums=(1,), donate_argnums=(0,))
@@ -82,7 +103,14 @@ def copy_pages(kv, layers: int, source, target):
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=(2,))
 def decode(
-    graph, params, kv, rows: Rows, temperature, patience, eos_ids: tuple[int, ...], steps: int
+    graph: Graph,
+    params,
+    kv,
+    rows: Rows,
+    temperature,
+    patience,
+    eos_ids: tuple[int, ...],
+    steps: int,
 ):
     """Samples until every row has paused, or `patience` of them have, or for `steps` tokens.
 
@@ -112,8 +140,8 @@ def decode(
             image_index=jnp.full((count, 1), -1, jnp.int32),
         )
         cache = qwen.Cache(kv=kv, tables=rows.tables, lengths=rows.lengths + counts)
-        out = qwen.forward(graph, params, inputs, cache, logits=False)
-        logits = qwen.token_logits(graph, params, out.hidden[:, 0])
+        out = qwen.forward(graph.graph, params, inputs, cache, logits=False)
+        logits = qwen.token_logits(graph.graph, params, out.hidden[:, 0])
         token, logprob = choose(logits, keys, rows.sampled + counts, temperature)
         # Rows that are not active write out of range, which JAX drops.
         slot = jnp.where(active, counts, steps)
