@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,9 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
     ref_ragged_paged_attention,
 )
 
-from mmsr_jax.model.attention import attend_cached, cached, choose, paged, ragged
-from mmsr_jax.model.attention.cached import CachedCase, bind_cached, choose_cached
+from mmsr_jax.model.attention import cached, choose, paged, ragged
+from mmsr_jax.model.attention.cached import bind_cached
 from mmsr_jax.model.cache import Cache
-from mmsr_jax.model.config import preset
 from mmsr_jax.parallel.rules import Placement
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -65,7 +63,10 @@ def example(length, page, heads, kv_heads, size, dtype="float32", slots=96) -> E
     )
 
 
-def attended(name, case: Example, place=Placement()):
+NOWHERE = Placement()
+
+
+def attended(name, case: Example, place=NOWHERE):
     """What the implementation gives for the example, as the model calls it."""
     bound = bind_cached(name, case.cache, case.segments, heads=case.q.shape[2], place=place)
     return bound(case.q, case.cache.kv, case.first)
