@@ -84,7 +84,9 @@ def _name(path) -> str:
 def _devices(sharding: Sharding) -> tuple[jax.Device, ...]:
     if isinstance(sharding, NamedSharding):
         return tuple(sharding.mesh.devices.flat)
-    return tuple(sorted(sharding.device_set, key=lambda device: device.id))
+    if len(sharding.device_set) > 1:
+        raise ValueError(f"weights on several devices need a mesh, they are laid out by {sharding}")
+    return tuple(sharding.device_set)
 
 
 def _way(leaf: jax.Array, target: Sharding):
