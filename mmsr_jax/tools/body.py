@@ -44,6 +44,13 @@ async def read_body(
     return bytes(body)
 
 
+def within(body: bytes, limit: int) -> bytes:
+    """A body that is there already. ToolError "too_large" over the limit."""
+    if len(body) > limit:
+        raise _too_large(limit)
+    return body
+
+
 def parse_json(body: bytes, content_type: str) -> object:
     """The value of a JSON body; strings hold no lone surrogates, numbers are finite.
 

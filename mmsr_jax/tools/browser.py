@@ -11,7 +11,7 @@ from typing import Any
 
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.http import Http, HttpRequest, HttpResponse
-from mmsr_jax.tools.reader import ACCEPT, LocalReader, Page, ReaderConfig, page_kind
+from mmsr_jax.tools.pages import ACCEPT, Page, PageParser, ReaderConfig, page_kind
 
 LOADED = frozenset({"document", "script", "xhr", "fetch", "stylesheet"})  # pictures say nothing
 MAX_REQUESTS = 100  # a page
@@ -29,13 +29,16 @@ ARGUMENTS = (
 class BrowserReader:
     """Runs a page's scripts and reads what they made of it. PDF and plain text need no browser.
 
+    Args:
+        parser: makes text of bodies; closed with the reader.
+
     Raises:
         ValueError: Playwright is not installed.
     """
 
     provider = "browser"
 
-    def __init__(self, http: Http, config: ReaderConfig):
+    def __init__(self, http: Http, config: ReaderConfig, parser: PageParser):
         try:
             import playwright.async_api
         except ImportError as error:
@@ -45,7 +48,7 @@ class BrowserReader:
             ) from error
         self._playwright = playwright.async_api
         self._http, self._config = http, config
-        self._local = LocalReader(http, config)
+        self._parser = parser
         self._starting = asyncio.Lock()
         self._driver: Any = None
         self._browser: Any = None
@@ -57,7 +60,7 @@ class BrowserReader:
         declared = document.headers.get("content-type", "")
         if page_kind(document.body, declared) != "html":
             left = end - time.monotonic()
-            return Page(document.url, *await self._local.parse(document.body, declared, left))
+            return Page(document.url, *await self._parser.parse(document.body, declared, left))
         left = end - time.monotonic() - PARSING
         if left <= 0:
             raise ToolError("timeout", f"{deadline:g} s are too few for the browser")
@@ -67,18 +70,21 @@ class BrowserReader:
         except TimeoutError:
             raise ToolError("timeout", f"{deadline:g} s are over, running scripts") from None
         except self._playwright.Error as error:
+            if "Executable doesn't exist" in str(error):
+                text = "Chromium is not installed: playwright install chromium"
+                raise ToolError("no_browser", text) from None
             why = str(error).splitlines()[0][:120]
             raise ToolError("bad_response", f"the browser failed: {why}") from None
         if len(html) > self._config.max_bytes:
             raise ToolError("too_large", f"scripts made a page of {len(html)} characters")
         left = end - time.monotonic()
         kind = "text/html; charset=utf-8"
-        parsed = await self._local.parse(html.encode("utf-8", "replace"), kind, left)
+        parsed = await self._parser.parse(html.encode("utf-8", "replace"), kind, left)
         return Page(document.url, *parsed)
 
     async def close(self) -> None:
         """Ends the browser and the parsers."""
-        await self._local.close()
+        await self._parser.close()
         for thing, end in ((self._browser, "close"), (self._driver, "stop")):
             if thing is not None:
                 with contextlib.suppress(Exception):

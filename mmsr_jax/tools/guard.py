@@ -14,6 +14,8 @@ import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 
+import idna
+
 from mmsr_jax.tools.base import ToolError
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -189,8 +191,8 @@ def _ascii(host: str) -> str:
     """A host as DNS spells it, in lower case and without the last dot."""
     if not host.isascii():
         try:  # full-width digits and dots turn into plain ones here, before anything is checked
-            host = host.encode("idna").decode("ascii")
-        except UnicodeError:
+            host = idna.encode(host, uts46=True).decode("ascii")
+        except UnicodeError:  # of which IDNAError is one
             raise _refused("a host name that DNS cannot spell") from None
     return host.lower().removesuffix(".")
 

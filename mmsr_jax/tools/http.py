@@ -9,6 +9,8 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
+import logging
 import random
 import ssl
 import time
@@ -18,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 import httpx
 
 from mmsr_jax.tools.base import ToolError
-from mmsr_jax.tools.body import ENCODINGS, read_body
+from mmsr_jax.tools.body import ENCODINGS, read_body, within
 from mmsr_jax.tools.exchange import (
     MAX_ERROR_BODY,
     HttpError,
@@ -32,8 +34,12 @@ from mmsr_jax.tools.limits import Gate, Limits
 from mmsr_jax.tools.redact import redact
 from mmsr_jax.tools.retry import Pauses
 
+# Its trace prints the headers that come back, and servers echo keys.
+logging.getLogger("httpcore").setLevel(logging.INFO)
+
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 BROKEN = frozenset({"server_error", "timeout", "unreachable"})  # what opens a circuit
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # not where a proxy would look for it
 MAX_ROUTES = 3  # addresses of one name that are tried
 
 
@@ -190,14 +196,16 @@ class Http:
         good = None
         try:
             async with gate.admitted(call.left):
-                call.doing = "waiting for the server"
+                call.doing, patience = "waiting for the server", call.left()
                 try:
                     response = await self._follow(call)
                 except ToolError as error:
                     good = error.kind not in BROKEN  # a server that refuses us works
                     raise
                 except asyncio.CancelledError:
-                    good = False if call.left() <= 0 else None  # too slow; or our caller left
+                    # Our caller left, or we came late ourselves; or the server was too slow.
+                    slow = call.left() <= 0 and patience >= call.request.deadline / 2
+                    good = False if slow else None
                     raise
                 good = True
                 return response
@@ -209,7 +217,8 @@ class Http:
         request, headers = call.request, dict(call.request.headers or {})
         limit = self._config.max_bytes if request.max_bytes is None else request.max_bytes
         with _named():
-            url = httpx.URL(request.url)
+            url = self._guard.read(request.url).url if request.public_only else request.url
+            url = httpx.URL(url)
             url = url.copy_merge_params(request.params) if request.params else url
         for _ in range(self._config.redirects + 1):
             target = await self._guard.check(str(url)) if request.public_only else None
@@ -218,16 +227,10 @@ class Http:
                     if response.status_code in REDIRECTS and "location" in response.headers:
                         there = _redirected(request, url, response)
                     elif 200 <= response.status_code < 300:
-                        body = await read_body(
-                            response.aiter_raw(),
-                            response.headers.get("content-encoding", ""),
-                            response.headers.get("content-length"),
-                            limit,
-                        )
+                        body = await _body(response, limit)
                         final = target.url if target else str(url)
-                        return HttpResponse(
-                            response.status_code, dict(response.headers), body, final
-                        )
+                        head = dict(response.headers)
+                        return HttpResponse(response.status_code, head, body, final)
                     else:
                         raise await _failure(response, request)
             if (there.scheme, there.host, there.port) != (url.scheme, url.host, url.port):
@@ -257,11 +260,9 @@ class _Routes:
         # was checked for the first of them only: so none is kept.
         once = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._pinned = httpx.AsyncHTTPTransport(verify=context, limits=once)
-        for scheme, proxy in urllib.request.getproxies().items():
-            if scheme in ("http", "https"):
-                self._proxied[scheme] = httpx.AsyncHTTPTransport(
-                    verify=context, limits=limits, proxy=proxy
-                )
+        for scheme in {"http", "https"} & (proxies := urllib.request.getproxies()).keys():
+            proxied = httpx.AsyncHTTPTransport(context, limits=limits, proxy=proxies[scheme])
+            self._proxied[scheme] = proxied
 
     async def close(self) -> None:
         for transport in {self._straight, self._pinned, *self._proxied.values()}:
@@ -272,25 +273,25 @@ class _Routes:
         self,
         request: HttpRequest,
         url: httpx.URL,
-        headers: Mapping[str, str],
+        headers: dict[str, str],
         target: Target | None,
         call: _Call,
     ) -> AsyncIterator[httpx.Response]:
         """The response to one request, its body unread."""
-        own = {"User-Agent": self._config.user_agent, "Accept-Encoding": ENCODINGS}
-        extensions: dict[str, object] = {"timeout": self._timeouts(call.left())}
-        if target is None:
-            if url.scheme not in ("http", "https") or not url.host:
-                raise HttpError("refused", f"only http and https, not {url.scheme[:20]!r}")
-            response = await self._proxy(url).handle_async_request(
-                _written(request, url, own | headers, extensions)
-            )
-        else:
+        headers = httpx.Headers({"User-Agent": self._config.user_agent} | headers)
+        headers["Accept-Encoding"] = ENCODINGS
+        if target is not None:
             url = httpx.URL(target.url)
+            headers["Connection"] = "close"
             if url.raw_host.decode("ascii") != target.host:
                 raise HttpError("refused", "a host that can be read in two ways")
-            own["Connection"] = "close"
-            raw = _written(request, url, own | headers, extensions)
+        elif url.scheme not in ("http", "https") or not url.host:
+            raise HttpError("refused", f"only http and https, not {url.scheme[:20]!r}")
+        raw = httpx.Request(request.method, url, headers=headers, json=request.json)
+        raw.extensions = {"timeout": self._timeouts(call.left())}
+        if target is None:
+            response = await self._proxy(url).handle_async_request(raw)
+        else:
             response = await self._pin(raw, target, call)
         try:
             yield response
@@ -307,13 +308,10 @@ class _Routes:
             extensions = {"timeout": self._timeouts(call.left())}
             if name is not None:
                 extensions["sni_hostname"] = name
-            there = httpx.Request(
-                raw.method,
-                raw.url.copy_with(host=host),
-                headers=raw.headers,  # Host is among them
-                stream=raw.stream,
-                extensions=extensions,
+            there = httpx.Request(  # the Host header is among those that are taken over
+                raw.method, raw.url.copy_with(host=host), headers=raw.headers, stream=raw.stream
             )
+            there.extensions = extensions
             try:
                 return await self._pinned.handle_async_request(there)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -322,7 +320,7 @@ class _Routes:
 
     def _proxy(self, url: httpx.URL) -> httpx.AsyncBaseTransport:
         proxied = self._proxied.get(url.scheme)
-        if proxied is None or urllib.request.proxy_bypass(url.host):
+        if proxied is None or url.host in LOOPBACK or urllib.request.proxy_bypass(url.host):
             return self._straight
         return proxied
 
@@ -331,14 +329,7 @@ class _Routes:
         return {"connect": min(connect, left), "read": read, "write": read, "pool": read}
 
 
-def _written(
-    request: HttpRequest, url: httpx.URL, headers: Mapping[str, str], extensions: dict
-) -> httpx.Request:
-    return httpx.Request(
-        request.method, url, headers=headers, json=request.json, extensions=extensions
-    )
-
-
+@functools.cache  # reading the authorities takes a tenth of a second
 def _tls(ca_file: str) -> ssl.SSLContext:
     context = httpx.create_ssl_context()
     if ca_file:
@@ -358,12 +349,20 @@ def _redirected(request: HttpRequest, url: httpx.URL, response: httpx.Response) 
     return there
 
 
+async def _body(response: httpx.Response, limit: int) -> bytes:
+    """The decompressed body. ToolError of `read_body`."""
+    if response.is_stream_consumed:  # a stand-in for the network had it whole
+        return within(response.content, limit)
+    encoding = response.headers.get("content-encoding", "")
+    length = response.headers.get("content-length")
+    return await read_body(response.aiter_raw(), encoding, length, limit)
+
+
 async def _failure(response: httpx.Response, request: HttpRequest) -> HttpError:
     """The error that a response's status stands for."""
     headers, body = response.headers, b""
     with contextlib.suppress(ToolError, httpx.TransportError):
-        encoding, length = headers.get("content-encoding", ""), headers.get("content-length")
-        body = await read_body(response.aiter_raw(), encoding, length, 64 * MAX_ERROR_BODY)
+        body = await _body(response, 64 * MAX_ERROR_BODY)
     show = not request.public_only  # what a stranger's page says is no error text
     return failure(response.status_code, headers, body, request.secrets, show)
 

@@ -80,7 +80,8 @@ class PictureEntry(NamedTuple):
 
 
 # What people put on web pages; some of Pillow's other decoders start programs.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")
+# (MPO comes under JPEG's name: a name that Pillow does not know would end the search.)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")
 MAX_PIXELS = 89_000_000  # decoded, 356 MB as RGBA
 
 GRID = (12, 8)  # colour grid, columns x rows

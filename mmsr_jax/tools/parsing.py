@@ -56,9 +56,12 @@ def parse_html(body: bytes, charset: str) -> tuple[str, str]:
     import trafilatura
 
     page: str | bytes = decode(body, charset) or body  # undeclared: trafilatura guesses
+    page = page.lstrip("\ufeff") if isinstance(page, str) else page
     text = trafilatura.extract(page, include_comments=False, include_tables=True)
     if not text:
         text = trafilatura.html2txt(page)
+    if not text and isinstance(page, str) and "<" not in page:
+        text = page  # somebody's plain text, called HTML
     start = page if isinstance(page, str) else body[:100_000].decode("latin-1")
     found = _TITLE.search(start[:100_000])
     return html.unescape(found[1]) if found else "", text or ""
@@ -160,8 +163,6 @@ def serve(take: Callable[[int], bytes], give: Callable[[bytes], object]) -> None
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what a library prints must not get between the answers
-    import pypdf  # noqa: F401  before memory is limited, and before the first page waits
-    import trafilatura  # noqa: F401
 
     def give(data: bytes) -> None:
         view = memoryview(data)

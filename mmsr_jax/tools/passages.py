@@ -11,7 +11,10 @@ MAX_SENTENCES = 5000
 MAX_SENTENCE_CHARS = 500
 
 _TERM = re.compile(r"[぀-ヿ㐀-鿿가-힯]|[^\W_぀-ヿ㐀-鿿가-힯]+")
-_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[^\Wa-z_])|(?<=[。！？])\s*|\n+")
+# A mark, perhaps a closing quote, space, perhaps an opening quote, and no small letter.
+_END = re.compile(
+    r"(?:(?<=[.!?])|(?<=[.!?][\"'”’»)\]]))\s+(?=[\"'“‘«(\[]*[^\Wa-z_])|(?<=[。！？])\s*|\n+"
+)
 
 
 def terms(text: str) -> list[str]:

@@ -5,6 +5,7 @@ chose go no further than the decoder.
 """
 
 import dataclasses
+import functools
 import io
 import warnings
 
@@ -13,8 +14,6 @@ from PIL import Image, ImageOps
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.local import FORMATS
 
-# Without those whose decoder is slow Python (PPM), or that hold a picture larger than they say (ICO).
-WEB_FORMATS = tuple(name for name in FORMATS if name not in ("PPM", "ICO"))
 MAX_RATIO = 200  # Qwen2.5-VL takes no picture longer than 200 times its width
 
 
@@ -51,7 +50,7 @@ def reencode(picture: bytes, limits: PictureLimits = PictureLimits()) -> bytes:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what the limits settle
-            image = Image.open(io.BytesIO(picture), formats=WEB_FORMATS)
+            image = Image.open(io.BytesIO(picture), formats=web_formats())
             lossy = image.format in ("JPEG", "MPO", "WEBP", "AVIF")
             width, height = image.size
             if width * height > limits.max_pixels:
@@ -62,6 +61,7 @@ def reencode(picture: bytes, limits: PictureLimits = PictureLimits()) -> bytes:
             image.draft("RGB", (limits.max_side, limits.max_side))  # JPEG decodes small at once
             image = _shown(image)
             image.thumbnail((limits.max_side, limits.max_side), Image.Resampling.LANCZOS)
+            image.info.clear()  # comments and colour profiles would be written too
             out = io.BytesIO()
             if lossy:
                 image.save(out, "JPEG", quality=limits.quality)
@@ -75,6 +75,16 @@ def reencode(picture: bytes, limits: PictureLimits = PictureLimits()) -> bytes:
         raise ToolError("too_large", text) from error
     except Exception as error:  # decoders of hostile bytes raise anything
         raise ToolError("bad_picture", f"it cannot be decoded: {type(error).__name__}") from error
+
+
+@functools.cache
+def web_formats() -> tuple[str, ...]:
+    """What this build of Pillow reads of `FORMATS`.
+
+    Not PPM, whose decoder is slow Python, nor ICO, which may hold more pixels than it says.
+    """
+    Image.init()
+    return tuple(n for n in FORMATS if n in Image.OPEN and n not in ("PPM", "ICO"))
 
 
 def _shown(image: Image.Image) -> Image.Image:

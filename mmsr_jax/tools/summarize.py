@@ -7,8 +7,8 @@ from typing import Literal, Protocol
 
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.http import Http, HttpRequest
+from mmsr_jax.tools.pages import Page
 from mmsr_jax.tools.passages import best
-from mmsr_jax.tools.reader import Page
 
 NOTHING = "NOTHING FOUND"
 
@@ -23,7 +23,7 @@ SYSTEM = (
 USER = "Question: {question}\nSearch query: {query}\n\nPage title: {title}\nPage text:\n{text}"
 
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])\s*")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'”’)\]])\s+|(?<=[。！？])\s*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +88,8 @@ class ChatSummarizer:
             raise ValueError("a chat summarizer needs base_url, e.g. http://localhost:8000/v1")
         self._key = os.environ.get(config.key_env, "") if config.key_env else ""
         if config.key_env and not self._key:
-            raise ValueError(
-                f"the summarizer's key: environment variable {config.key_env} is not set"
-            )
+            text = f"set the environment variable {config.key_env}"
+            raise ValueError(f"the summarizer's key is missing: {text}")
         self._http, self._config = http, config
 
     async def summarize(self, question: str, query: str, page: Page, deadline: float) -> str:

@@ -149,3 +149,10 @@ def test_wrong_settings_are_refused():
     for tool, index in ((LocalImageSearch, image_index()), (LocalTextSearch, None)):
         with pytest.raises(ValueError, match="topk must be at least 1, not 0"):
             tool(index, 0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO"])
+def test_pictures_of_every_format_are_found(kind):
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(picture(GREEN, WHITE, RED))).save(buffer, kind)
+    assert run(LocalImageSearch(image_index(), 1), image=buffer.getvalue())[0].title == "IT"
