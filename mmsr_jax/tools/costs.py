@@ -90,9 +90,7 @@ def estimate(
         size = questions / kind.questions
         calls = kind.calls * size * samples / kind.samples * epochs
         live = (kind.distinct + kind.again * (epochs - 1)) * size
-        rows.append(
-            Row(kind.name, kind.price, calls, calls * kind.price, live, live * kind.price)
-        )
+        rows.append(Row(kind.name, kind.price, calls, calls * kind.price, live, live * kind.price))
     if not rows:
         raise ValueError("no kind of call to estimate the cost of")
     total = [sum(getattr(row, name) for row in rows) for name in ("calls", "money")]
