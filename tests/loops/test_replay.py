@@ -136,6 +136,7 @@ def test_eight_samples_and_a_second_epoch_ask_once(recorded):
     last = metrics(recorded.workdir)[-1]
     print({k: v for k, v in last.items() if k.startswith("tools/")})
     assert last["tools/paid"] == last["tools/paid_calls"] == len(recorded.counts)
+    assert last["tools/live"] == len(recorded.counts)
     kinds = [
         measure(name, price, [searches(epoch, tool) for epoch in epochs], STEPS // 2 * PROMPTS,
                 GROUP)
