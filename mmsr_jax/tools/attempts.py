@@ -7,10 +7,10 @@ from typing import Any
 
 from mmsr_jax.tools.base import ToolError
 
-# Failures of the moment: asked again tomorrow, the same thing may work.
+# Failures of the moment, or of our settings: asked again tomorrow, the same thing may work.
 PASSING = frozenset({
     "timeout", "unreachable", "server_error", "rate_limited", "circuit_open", "quota", "budget",
-    "unauthorized", "failed",
+    "unauthorized", "failed", "refused",
 })  # fmt: skip
 
 

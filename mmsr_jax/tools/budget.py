@@ -46,7 +46,8 @@ class Budget:
     Args:
       money: US dollars in all; 0 for no limit.
       ledger: a file to which every payment is appended, a line each, and from which a continued
-        run learns what it spent before; None keeps the count in memory only.
+        run learns what it spent before, and one of several processes what the others spend; None
+        keeps the count in memory only.
     """
 
     def __init__(self, money: float = 0.0, ledger: pathlib.Path | None = None):
@@ -57,10 +58,20 @@ class Budget:
         self._held = 0.0
         self._lock = threading.Lock()
         self._ledger = ledger
-        if ledger is not None and ledger.exists():
-            for line in ledger.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill
-                    self.spent += float(json.loads(line)["cost"])
+        self._read = 0  # bytes of the ledger that are counted
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Counts what was appended to the ledger, by whomever."""
+        if self._ledger is None or not self._ledger.exists():
+            return
+        with self._ledger.open("rb") as file:
+            file.seek(self._read)
+            lines, newline, _ = file.read().rpartition(b"\n")
+        self._read += len(lines) + len(newline)
+        for line in lines.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # empty, or cut by a kill
+                self.spent += float(json.loads(line)["cost"])
 
     @contextlib.contextmanager
     def hold(self, provider: str, price: float) -> Iterator[Hold]:
@@ -71,6 +82,8 @@ class Budget:
         """
         held = Hold(price)
         with self._lock:
+            if price and self.money:
+                self._catch_up()
             after = self.spent + self._held + price
             if price and self.money and after > self.money + 1e-9:
                 self.stopped = (
@@ -93,13 +106,15 @@ class Budget:
                     self._spend(provider, held.cost)
 
     def _spend(self, provider: str, cost: float) -> None:
-        self.spent += cost
         self.calls += 1
-        if self._ledger is not None:
+        if self._ledger is None:
+            self.spent += cost
+        else:
             line = {"time": round(time.time(), 3), "provider": provider, "cost": cost}
             self._ledger.parent.mkdir(parents=True, exist_ok=True)
             with self._ledger.open("ab") as file:  # one short write: whole, or not there
                 file.write(b"\n" + json.dumps(line).encode() + b"\n")
+            self._catch_up()
 
     def check(self) -> None:
         """Raises BudgetSpent once a call was refused for want of money."""

@@ -248,7 +248,7 @@ class FvqaImageSearch:
             raise ToolError("not_recorded", "no FVQA search of this picture")
 
         asked = request(hashlib.sha256(call.image).hexdigest())
-        found = await self._recorder.ask(asked, nobody)
+        found = await self._recorder.ask(asked, nobody, whole=True)
         return dataclasses.replace(found, hits=found.hits[: self._results])
 
     async def run(self, call: ToolCall) -> tuple[ResultItem, ...]:

@@ -97,13 +97,16 @@ class Recorder:
         self._disk = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search-store")
         self._counters = dict.fromkeys(("live", "from_store", "joined", "recorded", "failed"), 0)
 
-    async def ask(self, request: Request, live: Live, price: float = 0.0) -> Found:
+    async def ask(
+        self, request: Request, live: Live, price: float = 0.0, whole: bool = False
+    ) -> Found:
         """The answer to `request`, from the store or by `live`.
 
         A call in flight outlives the caller that gave up on it: it is paid for, so it is recorded.
 
         Args:
           price: US dollars that `live` costs itself, apart from what it asks this recorder for.
+          whole: `live` calls no service but asks this recorder for its stages: it is no live call.
 
         Raises:
           ToolError: "not_recorded" in mode `replay`, "budget", or what `live` raises.
@@ -112,7 +115,9 @@ class Recorder:
         flight = self._flights.get(key)
         joined = flight is not None
         if flight is None:
-            flight = asyncio.get_running_loop().create_task(self._fly(key, request, live, price))
+            flight = asyncio.get_running_loop().create_task(
+                self._fly(key, request, live, price, whole)
+            )
             self._flights[key] = flight
             flight.add_done_callback(lambda task: self._land(key, task))
         else:
@@ -126,7 +131,9 @@ class Recorder:
         if not task.cancelled():
             task.exception()  # seen, even when every caller has gone
 
-    async def _fly(self, key: str, request: Request, live: Live, price: float) -> Found:
+    async def _fly(
+        self, key: str, request: Request, live: Live, price: float, whole: bool
+    ) -> Found:
         if self.store is not None and self.mode != "live":
             if (found := await self._look(key)) is not None:
                 self._counters["from_store"] += 1
@@ -134,14 +141,14 @@ class Recorder:
             if self.mode == "replay":
                 raise ToolError("not_recorded", f"{request.kind} by {request.provider}")
         began = time.monotonic()
-        self._counters["live"] += 1
+        self._counters["live"] += not whole
         try:
             with self.budget.hold(request.provider, price) as hold:
                 found = await live()
                 if price:
                     hold.cost = found.cost
         except Exception:
-            self._counters["failed"] += 1
+            self._counters["failed"] += not whole
             raise
         own = found.cost if price else 0.0
         found = dataclasses.replace(
@@ -167,7 +174,9 @@ class Recorder:
         return await asyncio.get_running_loop().run_in_executor(self._disk, function, *arguments)
 
     def counters(self) -> dict[str, float]:
-        """Totals since the start; `paid` and `paid_calls` are the budget's."""
+        """Totals since the start: calls to services that were `live` and those of them that
+        `failed`; requests answered `from_store`, `joined` to one under way, and `recorded`;
+        `paid` and `paid_calls` are the budget's."""
         money = {"paid": self.budget.spent, "paid_calls": self.budget.calls}
         return self._counters | money
 
@@ -212,7 +221,10 @@ class Recorded:
 
     async def find(self, call: ToolCall) -> Found:
         """The answer with its costs. ToolError "no_results" when there is none to be had."""
-        found = await self._recorder.ask(self.request(call), lambda: self._live(call))
+        pipeline = hasattr(self._tool, "find")
+        found = await self._recorder.ask(
+            self.request(call), lambda: self._live(call), whole=pipeline
+        )
         if not found.hits:
             raise ToolError("no_results")
         return found

@@ -7,6 +7,7 @@ import io
 import os
 import pathlib
 import tempfile
+import time
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -50,6 +51,21 @@ def uploader(config: UploadConfig) -> Uploader:
     if config.bucket:
         return BucketUploader(config.bucket, config.signed_seconds)
     return FolderUploader(config.folder, config.base_url)
+
+
+async def publish(uploader: Uploader, picture: bytes, deadline: float) -> tuple[str, float]:
+    """The URL that shows a picture, and the seconds that are left of `deadline`.
+
+    Raises:
+      ToolError: "timeout", or the uploader's "upload".
+    """
+    began = time.monotonic()
+    try:
+        async with asyncio.timeout(deadline):
+            url = await uploader.publish(picture)
+    except TimeoutError:
+        raise ToolError("timeout", "the picture could not be published in time") from None
+    return url, max(deadline - (time.monotonic() - began), 0.001)
 
 
 def named(picture: bytes) -> tuple[str, str, bytes]:

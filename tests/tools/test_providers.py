@@ -302,6 +302,22 @@ def test_what_a_service_says_in_its_own_way(name, status, content, kind):
     assert raised.value.kind == kind
 
 
+def test_what_serpapi_has_cached_is_free():
+    assert ask("serpapi", answering(serpapi("organic_results", ORGANIC, "Cached"))).cost == 0
+
+
+def test_an_uploader_that_hangs_costs_no_more_than_the_deadline(monkeypatch):
+    async def never(self, picture):
+        await asyncio.sleep(30)
+
+    monkeypatch.setattr(Uploader, "publish", never)
+    seen = []
+    for name in ("serpapi_lens", "serper_lens"):
+        with pytest.raises(ToolError, match="timeout: the picture could not be published"):
+            ask(name, answering(CASES[name][1]), deadline=0.1, seen=seen)
+    assert seen == []
+
+
 def test_jina_says_with_a_422_that_there_is_nothing():
     words = {"code": 422, "message": "No search results available for query xyz"}
     assert ask("jina", answering(words, 422)).hits == ()

@@ -233,6 +233,16 @@ def test_the_budget_is_never_overrun_and_says_when_it_stops(tmp_path):
             assert set(json.loads(line)) == {"time", "provider", "cost"}
 
 
+def test_processes_of_one_run_share_its_money(tmp_path):
+    one, other = Budget(1.0, tmp_path / "p"), Budget(1.0, tmp_path / "p")
+    for budget in (one, other, one):
+        with budget.hold("serper", 0.3):
+            pass
+    with pytest.raises(ToolError, match="budget"), other.hold("serper", 0.3):
+        raise AssertionError("it must not be called")
+    assert one.spent == pytest.approx(0.9) and (one.calls, other.calls) == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("kind", "billed"),
     [("unauthorized", 0), ("quota", 0), ("rate_limited", 0), ("server_error", 0),

@@ -225,6 +225,32 @@ def test_closing_ends_calls_threads_and_later_calls():
     assert box.submit(ToolCall("t", "", b"", "")).result(1).error == toolbox_lib.CLOSED
 
 
+def test_what_tools_share_is_closed_on_their_own_loop(caplog):
+    async def act(call):
+        await asyncio.sleep(60 if call.query else 0)
+        return (ITEM,)
+
+    seen = []
+
+    async def closing():
+        await asyncio.sleep(0.01)
+        seen.append(threading.current_thread().name)
+
+    box = Toolbox({"t": Scripted(act)}, closing=closing)
+    box.submit(ToolCall("t", "", b"", "")).result(5)
+    box.submit(ToolCall("t", "hang", b"", ""))
+    box.close()
+    box.close()
+    assert seen == ["tools"]
+
+    async def broken():
+        raise OSError("disk full")
+
+    with Toolbox({}, closing=broken):
+        pass
+    assert "the tools did not close well: OSError" in caplog.text
+
+
 def test_many_threads_may_submit():
     async def act(call):
         return (ResultItem(call.query),)

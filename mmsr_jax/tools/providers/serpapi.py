@@ -3,7 +3,8 @@
 Formats: https://serpapi.com/search-api, https://serpapi.com/google-lens-api and
 https://serpapi.com/api-errors. A 200 without results has `error` beside
 `search_metadata.status` "Success"; an account without searches left answers 429, like a rate
-limit, and only its words tell the two apart.
+limit, and only its words tell the two apart. The status "Cached" is their clients' word for an
+answer from SerpApi's own cache, which is free.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.hits import Found, Hit
 from mmsr_jax.tools.http import Http, HttpRequest
 from mmsr_jax.tools.providers import answers
-from mmsr_jax.tools.upload import Uploader
+from mmsr_jax.tools.upload import Uploader, publish
 
 NAME = "serpapi"
 
@@ -55,12 +56,13 @@ class _SerpApi:
         status = metadata.get("status") if isinstance(metadata, dict) else None
         if status == "Error":
             raise ToolError("server_error", "SerpApi could not complete the search")
-        if status != "Success":
+        if status not in ("Success", "Cached"):
             raise ToolError("bad_response", f"SerpApi's search has status {str(status)[:40]!r}")
         return answer
 
-    def _found(self, hits: list[Hit], count: int) -> Found:
-        return Found(tuple(hits[:count]), self.price, provider=NAME)
+    def _found(self, hits: list[Hit], count: int, answer: dict[str, Any]) -> Found:
+        cached = answer["search_metadata"]["status"] == "Cached"  # in their cache: free
+        return Found(tuple(hits[:count]), 0.0 if cached else self.price, provider=NAME)
 
 
 class SerpApiText(_SerpApi):
@@ -76,7 +78,7 @@ class SerpApiText(_SerpApi):
     async def search(self, query: str, count: int, deadline: float) -> Found:
         answer = await self._search("google", deadline, q=query, gl=self._config.country)
         results = answers.entries(answer, "organic_results", "SerpApi")
-        return self._found(answers.links(results, "title", "link", "snippet"), count)
+        return self._found(answers.links(results, "title", "link", "snippet"), count, answer)
 
 
 class SerpApiLens(_SerpApi):
@@ -92,11 +94,11 @@ class SerpApiLens(_SerpApi):
         return {"engine": "google_lens", "hl": c.language, "gl": c.country, "url": self._url}
 
     async def search(self, picture: bytes, count: int, deadline: float) -> Found:
-        url = await self._uploader.publish(picture)
+        url, left = await publish(self._uploader, picture, deadline)
         answer = await self._search(
-            "google_lens", deadline, url=url, country=self._config.country, type="visual_matches"
+            "google_lens", left, url=url, country=self._config.country, type="visual_matches"
         )
-        return self._found(lens_hits(answer, "visual_matches", "SerpApi"), count)
+        return self._found(lens_hits(answer, "visual_matches", "SerpApi"), count, answer)
 
 
 def lens_hits(answer: dict[str, Any], name: str, service: str) -> list[Hit]:

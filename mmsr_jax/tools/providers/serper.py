@@ -14,7 +14,7 @@ from mmsr_jax.tools.hits import Found, Hit
 from mmsr_jax.tools.http import Http, HttpRequest
 from mmsr_jax.tools.providers import answers
 from mmsr_jax.tools.providers.serpapi import lens_hits
-from mmsr_jax.tools.upload import Uploader
+from mmsr_jax.tools.upload import Uploader, publish
 
 NAME = "serper"
 
@@ -91,6 +91,6 @@ class SerperLens(_Serper):
         return {"engine": "lens", "hl": c.language, "gl": c.country, "url": self._url}
 
     async def search(self, picture: bytes, count: int, deadline: float) -> Found:
-        url = await self._uploader.publish(picture)
-        answer = await self._search("lens", deadline, url=url)
+        url, left = await publish(self._uploader, picture, deadline)
+        answer = await self._search("lens", left, url=url)
         return self._found(lens_hits(answer, "organic", "Serper"), count, answer)
