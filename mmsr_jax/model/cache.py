@@ -72,6 +72,9 @@ def copy_pages(kv: jax.Array, layers: int, source: jax.Array, target: jax.Array)
     A target of P (past the end) marks an entry that is not used.
     """
     pages = kv.shape[0] // layers
-    by_layer = kv.reshape(layers, pages, *kv.shape[1:])
-    moved = jnp.take(by_layer, source, axis=1, mode="clip")
-    return by_layer.at[:, target].set(moved, mode="drop").reshape(kv.shape)
+    first = pages * jnp.arange(layers, dtype=jnp.int32)[:, None]
+    # Pages by number, as `write` does: with the layers as an axis the TPU compiler would turn the
+    # pool around, a copy of all of it. One past the end of the pool is dropped.
+    target = jnp.where(target < pages, first + target, kv.shape[0])
+    moved = jnp.take(kv, first + source, axis=0, mode="clip")
+    return kv.at[target].set(moved, mode="drop")
