@@ -194,12 +194,24 @@ class Engine:
         if self.params is None:
             raise ValueError("the engine has no weights yet: set_params comes first")
         fed = 0
-        while self._feed():
+        self.schedule.adopt_all()
+        while self._due() and self._feed():
             fed += 1
             waiting = self.schedule.count(Status.READY) + self.schedule.count(Status.RUNNING)
             if waiting >= self.config.rows or (waiting and fed >= self.config.extends):
                 break
         return self._decode(temperature)
+
+    def _due(self) -> bool:
+        """Whether to feed now. An extension costs the same however little is in it.
+
+        So it is put off until it is full, or until rows are idle for want of it.
+        """
+        ready = self.schedule.count(Status.READY) + self.schedule.count(Status.RUNNING)
+        few = min(self.config.refill, -(-self.config.rows // 4))
+        if not ready or self.config.rows - ready >= few:
+            return True
+        return self.schedule.pieces(self.config.extend_tokens) >= self.config.extend_rows
 
     def _check(self, tokens: Tokens, pictures: tuple[Picture, ...], budget: int, known: int):
         if not 1 <= budget <= self.config.turn_tokens:
@@ -247,11 +259,12 @@ class Engine:
                 sequence.seen = max(sequence.seen, end)
                 busy.add(sequence.number)
             if not sequence.missing:
-                schedule.turn(sequence, Status.READY)
-                sequence.seen = max(sequence.seen, sequence.cached)
+                schedule.ready(sequence)
                 moved = True
         if parts:
-            rows = self.features.ensure(self.params, pictures)
+            later = schedule.having(Status.FEEDING)
+            soon = [p for s in later for p in self._pictures(s, s.cached, s.known)]
+            rows = self.features.ensure(self.params, pictures, soon)
             self._run_copies(schedule.copies)
             self._run_extension(parts, rows)
             self._counters["extensions"] += 1

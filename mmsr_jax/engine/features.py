@@ -46,8 +46,11 @@ class FeaturePool:
         before = sum(self.size(p) for batch in batches[:-1] for p in batch)
         return not batches or before + self.rows <= self.config.feature_rows
 
-    def ensure(self, params, pictures: list[Picture]) -> dict[str, int]:
+    def ensure(self, params, pictures: list[Picture], soon: list[Picture]) -> dict[str, int]:
         """Sees to it that all of these are there. -> first row of each, by digest.
+
+        A pass costs the same however few pictures are in it: what room is left is filled with
+        those of `soon`, which will be asked for before long.
 
         Raises:
           ValueError: they do not fit (see `fits`).
@@ -58,7 +61,8 @@ class FeaturePool:
                 f"{len(wanted)} pictures at once need more than the "
                 f"{self.config.feature_rows} rows of engine.feature_rows"
             )
-        self._encode(params, [p for p in wanted if p.digest not in self._where])
+        new = [p for p in wanted if p.digest not in self._where]
+        self._encode(params, self._filled(new, soon) if new else [])
         if any(p.digest not in self._where for p in wanted):  # the new ones pushed others out
             self.clear()
             self._encode(params, wanted)
@@ -69,6 +73,22 @@ class FeaturePool:
         return picture_batches(
             pictures, patches=c.patches, limit=c.pictures, picture_patches=c.picture_patches
         )
+
+    def _filled(self, pictures: list[Picture], soon: list[Picture]) -> list[Picture]:
+        """`pictures`, and those of `soon` that are not there and need no pass of their own."""
+        last = self._batches(pictures)[-1]
+        used, count, known = sum(len(p.patches) for p in last), len(last), set(self._where)
+        known |= {p.digest for p in pictures}
+        more = []
+        for picture in _distinct(soon):
+            used, count = used + len(picture.patches), count + 1
+            if used > self.config.patches or count > self.config.pictures:
+                break
+            if picture.digest in known:
+                used, count = used - len(picture.patches), count - 1
+            else:
+                more.append(picture)
+        return pictures + more
 
     def _encode(self, params, pictures: list[Picture]) -> None:
         for batch in self._batches(pictures):

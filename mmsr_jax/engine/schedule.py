@@ -40,10 +40,26 @@ class Schedule:
     def count(self, status: Status) -> int:
         return sum(s.status is status for s in self.sequences.values())
 
+    def pieces(self, size: int) -> int:
+        """How many pieces of `size` tokens wait to be fed.
+
+        Samples that wait for another's prompt do not count.
+        """
+        return sum(
+            -(-s.missing // size)
+            for s in self.sequences.values()
+            if s.status is Status.FEEDING and (s.cached or s.number == s.group[0])
+        )
+
     def turn(self, sequence: Sequence, status: Status) -> None:
         """Gives a trajectory another status, from now on."""
         self._tick += 1
         sequence.status, sequence.since = status, self._tick
+
+    def ready(self, sequence: Sequence) -> None:
+        """All but its last token is in the pool: it waits for a row."""
+        self.turn(sequence, Status.READY)
+        sequence.seen = max(sequence.seen, sequence.cached)
 
     def drop(self, sequence: Sequence) -> None:
         """Takes a trajectory's pages; unless it is paused it will be fed anew."""
@@ -83,6 +99,12 @@ class Schedule:
                 return True
         fed = (s for s in others if s.number < sequence.number and s.status is Status.FEEDING)
         return not any(s.cached < whole for s in fed) and not busy & {s.number for s in others}
+
+    def adopt_all(self) -> None:
+        """Samples whose prompt is there, fed for another one, need no program."""
+        for sequence in self.having(Status.FEEDING):
+            if not sequence.cached and self.adopt(sequence, set()) and not sequence.missing:
+                self.ready(sequence)
 
     def room(self, sequence: Sequence, end: int, busy: set[int], polite: bool = False) -> bool:
         """Sees to it that slots cached .. end - 1 may be written by `sequence` alone.
