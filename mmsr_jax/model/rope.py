@@ -25,8 +25,16 @@ def text_angles(
 def patch_angles(hw: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """cos and sin [P, head_dim/2] float32 of patch coordinates [P, 2]: rows, then columns."""
     inverse = theta ** (-np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2))
-    angles = (hw.astype(jnp.float32)[:, :, None] * inverse).reshape(hw.shape[0], -1)
-    return jnp.cos(angles), jnp.sin(angles)
+
+    def turn(places):
+        angles = places.astype(jnp.float32)[:, None] * inverse
+        return jnp.cos(angles), jnp.sin(angles)
+
+    # A loop is what XLA does not fuse: else each layer would compute the cosines anew for every
+    # head and element (CPU: 5 ms instead of 0.2 to rotate 1120 patches).
+    cos, sin = jax.lax.map(turn, hw.T)
+    flat = (hw.shape[0], 2 * len(inverse))
+    return jnp.moveaxis(cos, 0, 1).reshape(flat), jnp.moveaxis(sin, 0, 1).reshape(flat)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
