@@ -1,5 +1,6 @@
 """An index folder is there whole or not at all; a damaged one is one clear error."""
 
+import fcntl
 import io
 import json
 import shutil
@@ -89,6 +90,11 @@ def test_what_a_killed_build_left_goes_with_the_next(source, tmp_path):
     left.mkdir()
     (left / "building.lock").touch()
     (left / "text.sqlite").write_bytes(b"half")
+    with open(left / "building.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as the other build does while it lives
+        make(source, tmp_path / "out")
+        assert left.exists()
+    shutil.rmtree(tmp_path / "out")
     make(source, tmp_path / "out")
     assert not left.exists()
 
