@@ -51,6 +51,19 @@ def test_broken_and_odd_pictures_are_left_out_and_counted(source, tmp_path):
     assert not beside(tmp_path / "out")
 
 
+def test_progress_comes_to_its_end_and_not_too_often(tmp_path):
+    source, told = tmp_path / "rows", []
+    source.mkdir()
+    (source / "rows.jsonl").write_text('{"text": "word"}\n' * 5000)
+    build(
+        source, tmp_path / "out", IndexConfig(), HashEmbedder(),
+        progress=lambda *said: told.append(said),
+    )  # fmt: skip
+    reading = [done for stage, done, total in told if stage == "reading"]
+    assert reading == sorted(reading) and reading[-1] == 5000 * 17 and 100 < len(reading) < 1100
+    assert told[-1] == ("writing the text index", 1, 1)
+
+
 def test_an_unchanged_source_is_not_built_again(source, tmp_path):
     out = tmp_path / "deep" / "out"
     first, _ = make(source, out)
