@@ -23,7 +23,9 @@ def load(
         connect: makes what one thread asks with.
         concurrency: threads.
 
-    Returns: p50_ms, p99_ms, max_ms, per_second and the number of answers.
+    Returns: p50_ms, p99_ms, max_ms, per_second, the number of answers, and cpu_p50_ms: what the
+        asking thread itself worked, whatever else goes on on the machine (over HTTP that is the
+        client alone).
 
     Raises:
         RuntimeError: a question failed.
@@ -31,7 +33,7 @@ def load(
     ask = connect()
     for question in questions[:WARM]:
         ask(question)
-    taken: list[list[float]] = [[] for _ in range(concurrency)]
+    taken: list[list[tuple[float, float]]] = [[] for _ in range(concurrency)]
     failed: list[BaseException] = []
     begin = threading.Barrier(concurrency + 1)
 
@@ -40,12 +42,13 @@ def load(
         begin.wait()
         end = time.perf_counter() + seconds
         while (began := time.perf_counter()) < end:
+            worked = time.thread_time()
             try:
                 ask(questions[(WARM + at) % len(questions)])
             except Exception as error:
                 failed.append(error)
                 return
-            taken[number].append(time.perf_counter() - began)
+            taken[number].append((time.perf_counter() - began, time.thread_time() - worked))
             at += concurrency
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(concurrency)]
@@ -58,13 +61,14 @@ def load(
     wall = time.perf_counter() - began
     if failed:
         raise RuntimeError(f"{len(failed)} of {concurrency} threads failed: {failed[0]!r}")
-    times = np.concatenate([np.array(each) for each in taken])
+    times, cpu = np.concatenate([np.array(each).reshape(-1, 2) for each in taken]).T
     return {
         "p50_ms": 1e3 * float(np.percentile(times, 50)),
         "p99_ms": 1e3 * float(np.percentile(times, 99)),
         "max_ms": 1e3 * float(times.max()),
         "per_second": len(times) / wall,
         "answers": len(times),
+        "cpu_p50_ms": 1e3 * float(np.percentile(cpu, 50)),
     }
 
 

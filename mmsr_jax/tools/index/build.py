@@ -105,7 +105,7 @@ def _write(reading, folder, config, embedder, fingerprint, progress) -> Manifest
     total, done, count, broken = reading.size(), 0, 0, 0
     said: list = []  # passages not yet written
     shown: list[tuple[str, str, bytes]] = []
-    waiting = 0
+    waiting = told = 0
     for record, size in reading.read():
         done += size
         if record is not None:
@@ -121,7 +121,10 @@ def _write(reading, folder, config, embedder, fingerprint, progress) -> Manifest
         if len(shown) >= PICTURES or waiting > PICTURE_BYTES:
             broken += pictures.add(shown)
             shown, waiting = [], 0
-        progress("reading", min(done, total), total)
+        if done - told >= total / 1000:  # a bar drawn for each of a million rows takes a while
+            progress("reading", min(done, total), total)
+            told = done
+    progress("reading", total, total)
     text.add(said)
     broken += pictures.add(shown)
     if broken:
