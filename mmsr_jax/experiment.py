@@ -65,7 +65,7 @@ class Experiment:
     stages: tuple[Stage, ...] = ("sft", "grpo", "eval")
     # Folder or hub id of the checkpoint that training starts from; empty: random weights. The
     # sizes are then those of its config.json; of `model` only dtype, param_dtype,
-    # remat and attention count.
+    # remat, attention and cached_attention count.
     weights: str = ""
     model: ModelConfig = preset("tiny")
     lora: LoRAConfig | None = None  # None: all weights are trained
@@ -149,7 +149,8 @@ def check_weights(experiment: Experiment, workdir: pathlib.Path) -> None:
         names the fields.
     """
     run = read(workdir)
-    free = {"model.dtype", "model.param_dtype", "model.remat", "model.attention"}
+    how = ("dtype", "param_dtype", "remat", "attention", "cached_attention")
+    free = {f"model.{name}" for name in how}
     # The base of an adapter on random weights is made again from the seed.
     seed = ("seed",) if run.lora is not None and not run.weights else ()
     old, new = json.loads(run.to_json()), json.loads(experiment.to_json())
