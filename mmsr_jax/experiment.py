@@ -149,10 +149,10 @@ def check_weights(experiment: Experiment, workdir: pathlib.Path) -> None:
         names the fields.
     """
     run = read(workdir)
-    how = ("dtype", "param_dtype", "remat", "attention", "cached_attention")
-    free = {f"model.{name}" for name in how}
+    free = {"model.dtype", "model.param_dtype", "model.remat", "model.attention"}
     # The base of an adapter on random weights is made again from the seed.
     seed = ("seed",) if run.lora is not None and not run.weights else ()
+    free |= {"model.cached_attention"}
     old, new = json.loads(run.to_json()), json.loads(experiment.to_json())
     differing = {
         where
