@@ -140,7 +140,7 @@ class Job:
                 )
         return dataclasses.replace(
             found, dtype=asked.dtype, param_dtype=asked.param_dtype, remat=asked.remat,
-            attention=asked.attention,
+            attention=asked.attention, cached_attention=asked.cached_attention,
         )  # fmt: skip
 
     @functools.cached_property

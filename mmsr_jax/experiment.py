@@ -79,7 +79,7 @@ class Experiment:
     stages: tuple[Stage, ...] = ("sft", "grpo", "eval")
     # Folder or hub id of the checkpoint that training starts from; empty: random weights. The
     # sizes are then those of its config.json; of `model` only dtype, param_dtype,
-    # remat and attention count.
+    # remat, attention and cached_attention count.
     weights: str = ""
     model: ModelConfig = preset("tiny")
     lora: LoRAConfig | None = None  # None: all weights are trained
@@ -171,6 +171,7 @@ def check_weights(experiment: Experiment, workdir: pathlib.Path) -> None:
     free |= {"model.unsampled_ids", "model.sampled_vocab"}  # the tokenizer's
     # The base of an adapter on random weights is made again from the seed.
     seed = ("seed",) if run.lora is not None and not run.weights else ()
+    free |= {"model.cached_attention"}
     old, new = json.loads(run.to_json()), json.loads(experiment.to_json())
     differing = {
         where

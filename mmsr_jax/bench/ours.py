@@ -9,7 +9,8 @@ import numpy as np
 
 from mmsr_jax.bench.workload import Workload
 from mmsr_jax.model import qwen2_5_vl as qwen
-from mmsr_jax.model.attention import choose
+from mmsr_jax.model.attention import cached, choose
+from mmsr_jax.model.cache import PAGE
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.parallel.rules import TRAIN_RULES, Placement
 
@@ -104,6 +105,21 @@ class Ours:
             )
             for what, (length, head_dim) in lengths.items()
         }
+
+    def cached_attention(self) -> str:
+        """Which implementation looks at the cache while decoding."""
+        text, place = self.config.text, Placement(None, TRAIN_RULES)
+        case = cached.CachedCase(
+            platform=choose.platform_of(place),
+            dtype=self.config.dtype,
+            heads=text.heads,
+            kv_heads=text.kv_heads,
+            head_dim=text.head_dim,
+            length=1,
+            page=PAGE,
+            capability=choose.capability_of(place),
+        )
+        return cached.choose_cached(self.config.cached_attention, case)
 
     def _prefill(self, params, inputs, cache):
         out = qwen.forward(self.graph, params, inputs, cache, logits=False)

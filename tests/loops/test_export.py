@@ -136,7 +136,7 @@ def test_the_next_run_starts_from_it(exported, run, tmp_path):
     job = Job(later, tmp_path)
     assert job.model == first.model
     jax.tree.map(np.testing.assert_array_equal, job.fresh_params(), params)
-    asked = {"dtype": "bfloat16", "remat": False, "attention": "xla"}
+    asked = {"dtype": "bfloat16", "remat": False, "attention": "xla", "cached_attention": "xla"}
     half = dataclasses.replace(later.model, **asked)
     job = Job(dataclasses.replace(later, model=half), tmp_path)
     assert job.model == dataclasses.replace(first.model, **asked)
