@@ -18,9 +18,13 @@ def formula(q, k, v, mask):
     return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
 
-def out_and_gradients(function, q, k, v, mask, weight):
-    out, backward = jax.vjp(lambda q, k, v: function(q, k, v, mask), q, k, v)
-    return out, *backward(weight)
+def out_and_gradients(function, *arrays):
+    @jax.jit
+    def run(q, k, v, mask, weight):
+        out, backward = jax.vjp(lambda q, k, v: function(q, k, v, mask), q, k, v)
+        return out, *backward(weight)
+
+    return run(*arrays)
 
 
 # (queries, keys, scores at a time, blocks that makes of them): the second has a filled-up end
