@@ -65,6 +65,12 @@ def _open(name: str, weights: str):
     from mmsr_jax.tools.index.open import open_index
 
     part = manifests.read(pathlib.Path(name)).pictures
-    made = None if part is None else embedder(part.embedder, weights or part.weights)
+    try:
+        made = None if part is None else embedder(part.embedder, weights or part.weights)
+    except ValueError as error:
+        raise UsageError(
+            f"{error}; the pictures of {name} were embedded by {part.embedder} from "
+            f"{part.weights or 'no weights'}: --weights says where they are now"
+        ) from error
     index = open_index(name, made)
     return index.text, index.pictures, index.close

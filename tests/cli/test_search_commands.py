@@ -78,6 +78,17 @@ def test_a_damaged_index_is_one_line(folder, capsys):
     assert "manifest.json is damaged" in line and "build the index again" in line
 
 
+def test_weights_that_have_moved_are_asked_for(folder, capsys):
+    main(["search", "index", "source", "out"])
+    manifest = json.loads((folder / "out/manifest.json").read_text())
+    manifest["pictures"] |= {"embedder": "qwen2_5_vl", "weights": "gone"}
+    (folder / "out/manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert main(["search", "serve", "out", "--port", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "there is no folder gone" in line and "--weights says where they are now" in line
+
+
 class Served:
     """`mmsr search serve` in a process of its own."""
 

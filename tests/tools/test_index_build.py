@@ -3,7 +3,11 @@
 import fcntl
 import io
 import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -110,6 +114,37 @@ def test_what_a_killed_build_left_goes_with_the_next(source, tmp_path):
     shutil.rmtree(tmp_path / "out")
     make(source, tmp_path / "out")
     assert not left.exists()
+
+
+SLOW = """
+import sys, time
+from mmsr_jax.tools.index.build import IndexConfig, build
+from mmsr_jax.tools.index.embed_hash import HashEmbedder
+
+class Slow(HashEmbedder):
+    def embed(self, images):
+        print("embedding", flush=True)
+        time.sleep(60)
+
+build(sys.argv[1], sys.argv[2], IndexConfig(), Slow())
+"""
+
+
+def test_killed_in_the_middle_and_built_again(source, tmp_path):
+    out = tmp_path / "out"
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(source), str(out)],
+        stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert child.stdout.readline() == "embedding\n"
+    child.kill()
+    child.communicate()
+    assert not out.exists() and len(beside(out)) == 1
+    make(source, out)
+    assert not beside(out)
+    with open_index(out) as index:
+        assert len(index.pictures) == 2 and index.text.search("Nepal", 1)
 
 
 def test_nothing_to_index_is_a_mistake(tmp_path):
