@@ -72,10 +72,16 @@ class Guard:
     Args:
         allow: "host" or "host:port" of services that may be reached at any address.
         resolve: (host, port) -> addresses; the system's resolver if not given.
+
+    Raises:
+        ValueError: an entry of `allow` that no host could match.
     """
 
     def __init__(self, allow: Iterable[str] = (), resolve: Resolve | None = None):
-        self._allow = frozenset(entry.lower() for entry in allow)
+        self._allow = frozenset(re.sub(r"[\[\]]", "", entry.lower()) for entry in allow)
+        for entry in self._allow:
+            if not re.fullmatch(r"[a-z0-9_.:-]+", entry):
+                raise ValueError(f"allow: {entry!r} is no host or host:port, e.g. wiki.local:8080")
         self._resolve = resolve or system_resolve
 
     def read(self, url: str) -> Target:

@@ -316,6 +316,18 @@ def test_the_allow_list_is_for_one_service():
     asyncio.run(run())
 
 
+def test_entries_of_the_allow_list():
+    guard = Guard(("Wiki.local:8080", "[fd00::1]:80", "10.0.0.7"))
+    for url in ("http://wiki.local:8080/", "http://[FD00::1]/", "http://10.0.0.7:9999/"):
+        assert guard.read(url).listed
+    for url in ("http://wiki.local/", "http://[fd00::1]:81/", "http://10.0.0.77/"):
+        with pytest.raises(ToolError, match="^refused"):
+            guard.read(url)
+    for entry in ("http://wiki.local", "wiki.local/x", "*.local", ""):
+        with pytest.raises(ValueError, match="allow: .* is no host or host:port"):
+            Guard((entry,))
+
+
 def test_redirects_leave_the_allow_list():
     async def run():
         async with FaultServer(always()) as inner:

@@ -207,7 +207,8 @@ def test_a_wait_in_the_queue_ends_with_the_deadline():
     async def run():
         async with FaultServer(hang) as server, Http(config) as http:
             first = asyncio.ensure_future(http.send(HttpRequest("p", "GET", server.url)))
-            await asyncio.sleep(0.05)
+            while not server.heads:
+                await asyncio.sleep(0.01)
             with pytest.raises(ToolError, match="^timeout: 0.1 s are over, waiting for a slot"):
                 await http.send(HttpRequest("p", "GET", server.url, deadline=0.1))
             first.cancel()
@@ -220,16 +221,16 @@ def test_our_own_slowness_does_not_open_a_circuit():
     async def hang(head, reader, writer):
         await asyncio.sleep(60)
 
-    limits = Limits(concurrency=1, breaker_failures=1, rate=5, burst=1)
+    limits = Limits(concurrency=1, breaker_failures=1, rate=1, burst=1)
 
     async def run():
         async with FaultServer(hang) as server, Http(HttpConfig(default_limits=limits)) as http:
             server.handler = always(body=b"[]")
             await http.send(HttpRequest("p", "GET", server.url))
             server.handler = hang
-            # 0.2 s of its 0.25 s go by before the rate limit lets it out.
+            # 1.0 s of its 1.2 s go by before the rate limit lets it out.
             with pytest.raises(ToolError, match="^timeout"):
-                await http.send(HttpRequest("p", "GET", server.url, deadline=0.25))
+                await http.send(HttpRequest("p", "GET", server.url, deadline=1.2))
             server.handler = always(body=b"[]")
             assert (await http.send(HttpRequest("p", "GET", server.url))).json() == []
 
