@@ -98,7 +98,8 @@ def test_every_call_ends_with_a_result_or_a_name(start, tmp_path):
     assert told["longest"] < storm.DEADLINE + 5
     assert told["memory_mb"][-1] - told["memory_mb"][2] < 25
     known, summary = check_against_truth(tmp_path / "s.db")
-    assert set(known) == set(served["good"])
+    assert set(known) <= set(served["good"])
+    assert set(served["good"]) - set(known) <= set(late)  # nothing that came in time is missing
     answered = {query for _, query, kind in lines if kind in ("items", "no_results")}
     assert answered <= set(known)
     print({k: summary[k] for k in ("records", "hits", "misses", "paid", "file_bytes")})
