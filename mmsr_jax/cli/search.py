@@ -10,7 +10,6 @@ from mmsr_jax.cli.words import Parser, printable
 from mmsr_jax.types import ToolCall
 
 EXAMPLE = 'mmsr search text "capital of Nepal"'
-OTHERS = {"store": search_store}
 FLAGS = "flags"  # the embedded world
 TEXTS = ("serper", "serpapi", "searxng", "jina", "retriever")
 IMAGES = ("serper", "serpapi", "retriever")
@@ -19,8 +18,9 @@ IMAGES = ("serper", "serpapi", "retriever")
 def run(words: list[str]) -> None:
     """One call through the tools that training uses; finding nothing is no error."""
     given = parser().parse(words)
-    if given.tool in OTHERS:
-        return OTHERS[given.tool].run(given)
+    if given.tool == "store":
+        search_store.run(given)
+        return
     if given.count < 1:
         raise UsageError(f"--count must be at least 1, not {given.count}")
     call = _call(given)
@@ -61,8 +61,7 @@ def parser() -> Parser:
             "--store", default="", help="a file that keeps answers and is asked first"
         )
         tool.add_argument("--replay", action="store_true", help="ask the store only")
-    for other in OTHERS.values():
-        other.add(tools)
+    search_store.add(tools)
     return made
 
 
