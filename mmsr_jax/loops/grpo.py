@@ -10,7 +10,7 @@ from mmsr_jax.logs import RunLog
 from mmsr_jax.parallel import compiles
 from mmsr_jax.report.record import trajectory_record
 from mmsr_jax.rewards.score import score
-from mmsr_jax.tools.budget import BudgetSpent
+from mmsr_jax.tools.budget import SearchStopped
 from mmsr_jax.train import state as state_lib
 from mmsr_jax.train.optimizer import optimizer, schedule
 from mmsr_jax.train.update import grpo_update
@@ -58,7 +58,7 @@ def run(job: Job, log: RunLog, params):
                 groups, sampled = sampler.sample(number)
                 try:
                     job.search.check()
-                except BudgetSpent:  # this step's answers are incomplete: it is to be done again
+                except SearchStopped:  # this step's answers are incomplete: it is to be done again
                     if number > first and checkpoints.latest != number:
                         checkpoints.save(number, state, before)
                     raise

@@ -114,9 +114,9 @@ class Search:
         return {f"tools/{name}": value for name, value in self.recorder.counters().items()}
 
     def check(self) -> None:
-        """Raises BudgetSpent once a call was refused for want of money."""
+        """Raises SearchStopped when the money is spent, or a provider takes us no more."""
         if self.recorder is not None:
-            self.recorder.budget.check()
+            self.recorder.check()
 
     async def close(self) -> None:
         """Ends connections and processes, and closes the store; on the tools' event loop."""

@@ -18,8 +18,12 @@ NOT_BILLED = frozenset({
 })  # fmt: skip
 
 
-class BudgetSpent(RuntimeError):
-    """The run has to stop: its money is spent."""
+class SearchStopped(RuntimeError):
+    """The run has to stop: searching makes no sense any more."""
+
+
+class BudgetSpent(SearchStopped):
+    """Its money is spent."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,18 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 from mmsr_jax.tools.base import Tool, ToolError
-from mmsr_jax.tools.budget import Budget
+from mmsr_jax.tools.budget import Budget, SearchStopped
 from mmsr_jax.tools.hits import Finder, Found, Hit
 from mmsr_jax.tools.store import Record, Store
 from mmsr_jax.types import ResultItem, ToolCall
 
 Live = Callable[[], Awaitable[Found]]
+
+# A provider that says so often in a row that our key or our account is no good means it. (A page
+# that refuses us is nothing of the kind.)
+REFUSALS = 20
+REFUSING = frozenset({"unauthorized", "quota"})
+PROVIDERS = frozenset({"links", "lens"})  # kinds of requests that go to providers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +101,8 @@ class Recorder:
         self._flights: dict[str, asyncio.Task[Found]] = {}
         # One thread: sqlite may have to wait for another process, the event loop may not.
         self._disk = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search-store")
+        self._refusals: dict[str, int] = {}  # in a row, by provider
+        self._refused = ""  # why there is no use in going on
         self._counters = dict.fromkeys(("live", "from_store", "joined", "recorded", "failed"), 0)
 
     async def ask(
@@ -147,9 +155,11 @@ class Recorder:
                 found = await live()
                 if price:
                     hold.cost = found.cost
-        except Exception:
+        except Exception as error:
             self._counters["failed"] += not whole
+            self._judge(request, error)
             raise
+        self._judge(request, None)
         own = found.cost if price else 0.0
         found = dataclasses.replace(
             found, seconds=time.monotonic() - began, paid=found.paid + own, source="live"
@@ -163,6 +173,26 @@ class Recorder:
             await self._on_disk(self.store.put, record)
             self._counters["recorded"] += 1
         return found
+
+    def _judge(self, request: Request, error: Exception | None) -> None:
+        """Counts refusals of a provider, until it answers."""
+        if request.kind not in PROVIDERS:
+            return
+        if error is None:
+            self._refusals[request.provider] = 0
+        elif isinstance(error, ToolError) and error.kind in REFUSING:
+            count = self._refusals[request.provider] = self._refusals.get(request.provider, 0) + 1
+            if count >= REFUSALS:
+                self._refused = f"{request.provider} has refused {count} calls in a row ({error})"
+
+    def check(self) -> None:
+        """Raises SearchStopped when the money is spent, or a provider takes us no more."""
+        self.budget.check()
+        if self._refused:
+            raise SearchStopped(
+                f"{self._refused}. What was trained is saved; with a key and an account in order "
+                "the same command continues"
+            )
 
     async def _look(self, key: str) -> Found | None:
         replay = self.mode == "replay"

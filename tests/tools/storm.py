@@ -70,7 +70,7 @@ async def serve(seed: int) -> None:
         if fault == "hang":
             await asyncio.sleep(30)
         elif fault == "reset":
-            writer.write(response(200, body)[:150])
+            writer.write(response(200, body)[:-20])
             await writer.drain()
             reset(writer)
         elif fault == "truncated":

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from mmsr_jax.tools.base import ToolError
-from mmsr_jax.tools.budget import Budget, BudgetConfig, BudgetSpent
+from mmsr_jax.tools.budget import Budget, BudgetConfig, BudgetSpent, SearchStopped
 from mmsr_jax.tools.hits import Found, Hit
 from mmsr_jax.tools.recorded import Recorded, Recorder, Request
 from mmsr_jax.tools.store import Store
@@ -231,6 +231,27 @@ def test_the_budget_is_never_overrun_and_says_when_it_stops(tmp_path):
     for line in ledger.read_text().split("\n"):
         if line.endswith("}"):
             assert set(json.loads(line)) == {"time", "provider", "cost"}
+
+
+def test_a_provider_that_always_refuses_stops_the_run():
+    async def ask(recorder, error, times, kind="links"):
+        for n in range(times):
+            with pytest.raises(ToolError):
+                await recorder.ask(Request(kind, "serper", {"q": n}), Service(ToolError(error)))
+
+    async def main():
+        recorder = Recorder()
+        await ask(recorder, "quota", 19)
+        await recorder.ask(ASKED, Service(Found(())))  # it answers: nothing is wrong
+        await ask(recorder, "unauthorized", 19)
+        await ask(recorder, "timeout", 40)  # says nothing about us
+        await ask(recorder, "unauthorized", 40, "page")  # nor does a page
+        recorder.check()
+        await ask(recorder, "quota", 1)
+        with pytest.raises(SearchStopped, match=r"serper has refused 20 calls in a row \(quota"):
+            recorder.check()
+
+    asyncio.run(main())
 
 
 def test_processes_of_one_run_share_its_money(tmp_path):

@@ -98,7 +98,8 @@ def test_every_call_ends_with_a_result_or_a_name(start, tmp_path):
     assert told["longest"] < storm.DEADLINE + 5
     assert told["memory_mb"][-1] - told["memory_mb"][2] < 25
     known, summary = check_against_truth(tmp_path / "s.db")
-    assert set(known) == set(served["good"])
+    assert set(known) <= set(served["good"])
+    assert set(served["good"]) - set(known) <= set(late)  # nothing that came in time is missing
     answered = {query for _, query, kind in lines if kind in ("items", "no_results")}
     assert answered <= set(known)
     print({k: summary[k] for k in ("records", "hits", "misses", "paid", "file_bytes")})
@@ -126,7 +127,10 @@ def test_killed_in_the_storm_and_continued(start, tmp_path):
     print(json.dumps(told))
     assert told["wrong"] == [] and sum(told["outcomes"].values()) == 10_000
     after = collections.Counter(stats(url)["good"])
-    # What was in the store was never asked for again; only answers on their way were lost.
+    # What was in the store was never asked for again; lost were only answers on their way when the
+    # kill came, and those that came too late for the one who asked.
     assert all(after[query] == before[query] for query in known)
-    assert sum(after.values()) - len(after) <= storm.AT_ONCE
+    ends = lines + ended(tmp_path / "log2")
+    late = collections.Counter(query for _, query, kind in ends if kind == "timeout")
+    assert sum(max(0, n - 1 - late[query]) for query, n in after.items()) <= storm.AT_ONCE
     check_against_truth(path)
