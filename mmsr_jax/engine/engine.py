@@ -17,18 +17,15 @@ import dataclasses
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mmsr_jax.engine import sequence as sequence_lib
 from mmsr_jax.engine import steps
-from mmsr_jax.engine.features import FeaturePool
+from mmsr_jax.engine.device import Device
 from mmsr_jax.engine.requests import Request, Resume, SampledTurn
-from mmsr_jax.engine.schedule import Copies, Schedule
+from mmsr_jax.engine.schedule import Schedule
 from mmsr_jax.engine.sequence import Sequence, Status
 from mmsr_jax.inputs.pictures import check_rows
-from mmsr_jax.model import cache as cache_lib
 from mmsr_jax.model import qwen2_5_vl as qwen
-from mmsr_jax.parallel.rules import ROLLOUT_RULES, Placement
 from mmsr_jax.types import Picture, Tokens
 
 
@@ -40,7 +37,7 @@ class EngineConfig:
     flight: int = 0  # trajectories in the engine at the same time, paused ones too; 0: 4 x rows
     slots: int = 192  # tokens of the longest conversation
     page: int = 32  # slots a page
-    pages: int = 0  # pages of the pool; 0: `rows` of the longest conversations
+    pages: int = 0  # pages of the pool; 0: `rows` of the longest conversations, and one
     turn_tokens: int = 48  # tokens the model may write in one turn
     decode_steps: int = 16  # tokens between two looks of the host at paused rows, at most
     refill: int = 4  # rows that pause before a look ends early for those that wait
@@ -66,26 +63,13 @@ class Engine:
         Raises:
           ValueError: a pool that cannot hold one conversation, or one pass of the tower.
         """
-        self.graph, self.model, self.config = steps.Graph(graph), model, config
+        self.config, self.model = config, model
         self.apart = mesh is None and jax.default_backend() == "cpu"
         self.eos_ids = tuple(int(i) for i in eos_ids)
-        self.params = None
         self.version = 0  # weight changes so far
-        self._table = -(-config.slots // config.page)  # pages of the longest conversation
-        pages = config.pages or config.rows * self._table
-        if pages <= self._table:  # one more: the page that it shares with somebody is copied
-            raise ValueError(
-                f"engine.pages is {pages}, a conversation of engine.slots = {config.slots} tokens "
-                f"alone needs {self._table + 1} pages of {config.page}"
-            )
+        pages = _checked(config)
         self.schedule = Schedule(pages, config.page)
-        here = jax.local_devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
-        self.features = FeaturePool(self.graph, model, config, here)
-        # Committed like every later pool: otherwise a program's second call compiles it anew.
-        kv = qwen.init_pages(model, pages, config.page, mesh)
-        place = Placement(mesh, ROLLOUT_RULES)
-        self._kv = jax.device_put(kv, here if mesh is None else cache_lib.sharding(place, kv.shape))
-        self._pages = pages
+        self.device = Device(graph, model, config, self.eos_ids, pages, mesh)
         self._next = 0
         self._counters = dict.fromkeys(
             ("prefill_tokens", "again_tokens", "decode_steps", "sampled_tokens", "row_steps",
@@ -97,8 +81,17 @@ class Engine:
         """Totals since the start. `again_tokens` of `prefill_tokens` had been fed before."""
         return self._counters | {
             "dropped": self.schedule.dropped,
-            "encoded_pictures": self.features.encoded,
+            "encoded_pictures": self.device.features.encoded,
         }
+
+    @property
+    def params(self):
+        """The weights, as `set_params` laid them out; None gives their memory back."""
+        return self.device.params
+
+    @params.setter
+    def params(self, params) -> None:
+        self.device.params = params
 
     @property
     def busy(self) -> bool:
@@ -134,19 +127,14 @@ class Engine:
         """
         self.params = qwen.unstack(params) if self.apart else params
         self.version += 1
-        self.features.clear()
+        self.device.features.clear()
         if not keep_cache:
             for sequence in self.schedule.sequences.values():
                 self.schedule.drop(sequence)
 
     def warm_up(self) -> None:
         """Compiles every program, with nothing to do; the state stays as it is."""
-        self.features.pass_through(self.params, [], 0)
-        self.features.clear()
-        self._run_copies(Copies(), always=True)
-        self._run_extension([], {})
-        self._run_decode([], 1.0, 1)
-        jax.block_until_ready(self._kv)
+        self.device.warm_up()
 
     def submit(self, request: Request) -> tuple[int, ...]:
         """Takes in the samples of a prompt; they start when there is room.
@@ -162,10 +150,10 @@ class Engine:
         first = self._next
         group = tuple(range(first, first + len(request.streams)))
         self._next += len(group)
+        capacity = self.config.slots + 1
+        left = min(request.budget, capacity - len(request.prompt))
         for number, key in zip(group, request.streams, strict=True):
-            sequence = sequence_lib.start(
-                number, key, group, request.prompt, request.budget, self.config.slots + 1
-            )
+            sequence = sequence_lib.start(number, key, group, request.prompt, left, capacity)
             self.schedule.sequences[number] = sequence
             self.schedule.turn(sequence, Status.FEEDING)
         return group
@@ -182,7 +170,7 @@ class Engine:
         known = sequence.known + len(resume.tokens)
         self._check(resume.tokens, resume.pictures, resume.budget, known)
         sequence.append(resume.tokens, resume.pictures)
-        sequence.left = resume.budget
+        sequence.left = min(resume.budget, self.config.slots + 1 - known)
         self.schedule.turn(sequence, Status.FEEDING)
 
     def release(self, number: int) -> None:
@@ -200,7 +188,11 @@ class Engine:
             waiting = self.schedule.count(Status.READY) + self.schedule.count(Status.RUNNING)
             if waiting >= self.config.rows or (waiting and fed >= self.config.extends):
                 break
-        return self._decode(temperature)
+        running = self._seat()
+        # Rows that looked taken are not, if nobody found room: whoever waits is fed after all.
+        if not running and not fed and self._feed():
+            running = self._seat()
+        return self._decode(running, temperature) if running else []
 
     def _due(self) -> bool:
         """Whether to feed now. An extension costs the same however little is in it.
@@ -221,7 +213,7 @@ class Engine:
             )
         check_rows(tokens.image_index, pictures, self.model.vision.merge_size)
         for picture in pictures:
-            self.features.fits([picture])  # raises when it is too large
+            self.device.features.fits([picture])  # raises when it is too large
         if known > self.config.slots:
             raise ValueError(
                 f"a conversation of {known} tokens does not fit in {self.config.slots} cache "
@@ -245,12 +237,15 @@ class Engine:
             if not sequence.cached and not schedule.adopt(sequence, busy):
                 continue
             polite = sequence.seen == 0 and not (alone and not parts)
+            whole = sequence.known - 1
+            if polite and sequence.missing and not schedule.room(sequence, whole, busy, polite):
+                continue
             while sequence.missing and len(parts) < config.extend_rows:
                 count = self._part(sequence, pictures)
                 end = sequence.cached + count
-                if not count or not schedule.room(sequence, end, busy, polite):
+                if not count or not schedule.room(sequence, end, busy):
                     break
-                pictures += self._pictures(sequence, sequence.cached, end)
+                pictures += self.device.pictures(sequence, sequence.cached, end)
                 parts.append((sequence, sequence.cached, end))
                 self._counters["prefill_tokens"] += count
                 again = max(min(sequence.seen, end) - sequence.cached, 0)
@@ -263,10 +258,9 @@ class Engine:
                 moved = True
         if parts:
             later = schedule.having(Status.FEEDING)
-            soon = [p for s in later for p in self._pictures(s, s.cached, s.known)]
-            rows = self.features.ensure(self.params, pictures, soon)
-            self._run_copies(schedule.copies)
-            self._run_extension(parts, rows)
+            soon = [p for s in later for p in self.device.pictures(s, s.cached, s.known)]
+            self._counters["copied_pages"] += self.device.copy(schedule.copies)
+            self.device.extend(parts, pictures, soon)
             self._counters["extensions"] += 1
         return moved or bool(parts)
 
@@ -274,66 +268,13 @@ class Engine:
         """How many of its next tokens can be fed beside the pictures of `others`."""
         start = sequence.cached
         for count in range(min(self.config.extend_tokens, sequence.missing), 0, -1):
-            new = self._pictures(sequence, start, start + count)
-            if not new or self.features.fits(others + new):
+            new = self.device.pictures(sequence, start, start + count)
+            if not new or self.device.features.fits(others + new):
                 return count
         return 0
 
-    def _pictures(self, sequence: Sequence, start: int, end: int) -> list[Picture]:
-        """The pictures whose features the tokens start .. end - 1 stand for."""
-        used = sequence.feature[start:end]
-        used = used[used >= 0]
-        found, first = [], 0
-        if not used.size:
-            return found
-        for picture in sequence.pictures:
-            after = first + self.features.size(picture)
-            if first <= used[-1] and used[0] < after:
-                found.append(picture)
-            first = after
-        return found
-
-    def _run_copies(self, copies: Copies, always: bool = False) -> None:
-        width = max(self.config.rows, self.config.extend_rows)
-        if copies.source or always:
-            source = np.zeros(width, np.int32)
-            target = np.full(width, self._pages, np.int32)
-            source[: len(copies.source)] = copies.source
-            target[: len(copies.target)] = copies.target
-            layers = self.model.text.layers
-            self._kv = steps.copy_pages(self._kv, layers, source, target)
-            self._counters["copied_pages"] += len(copies.source)
-            copies.source.clear()
-            copies.target.clear()
-
-    def _run_extension(self, parts, first_rows: dict[str, int]) -> None:
-        """Feeds parts (trajectory, start, end), whose pictures' features lie at `first_rows`."""
-        rows, size = self.config.extend_rows, self.config.extend_tokens
-        ids = np.zeros((rows, size), np.int32)
-        positions = np.zeros((3, rows, size), np.int32)
-        segments = np.zeros((rows, size), np.int32)
-        feature = np.full((rows, size), -1, np.int32)
-        tables = np.zeros((rows, self._table), np.int32)
-        lengths = np.zeros(rows, np.int32)
-        for i, (sequence, start, end) in enumerate(parts):
-            n = end - start
-            ids[i, :n] = sequence.ids[start:end]
-            positions[:, i, :n] = sequence.positions[:, start:end]
-            segments[i, :n] = 1
-            own = sequence.feature[start:end]
-            at = 0
-            for picture in sequence.pictures:
-                after = at + self.features.size(picture)
-                mine = (own >= at) & (own < after)
-                if mine.any():
-                    feature[i, :n][mine] = own[mine] - at + first_rows[picture.digest]
-                at = after
-            tables[i, : len(sequence.pages)] = sequence.pages
-            lengths[i] = start
-        piece = steps.Extension(ids, positions, segments, feature, tables, lengths)
-        self._kv = steps.extend(self.graph, self.params, self._kv, self.features.array, piece)
-
-    def _decode(self, temperature: float) -> list[SampledTurn]:
+    def _seat(self) -> list[Sequence]:
+        """Gives free rows to those that are ready, and pages for a look to all that have a row."""
         schedule, config = self.schedule, self.config
         free = config.rows - schedule.count(Status.RUNNING)
         for sequence in schedule.having(Status.READY)[:free]:
@@ -348,29 +289,14 @@ class Engine:
                 busy.add(sequence.number)
             else:
                 schedule.turn(sequence, Status.READY)
-        if not running:
-            return []
-        self._run_copies(schedule.copies)
+        return running
+
+    def _decode(self, running: list[Sequence], temperature: float) -> list[SampledTurn]:
+        schedule, config = self.schedule, self.config
+        self._counters["copied_pages"] += self.device.copy(schedule.copies)
         waits = schedule.count(Status.READY) + schedule.count(Status.FEEDING)
         patience = min(config.refill, len(running)) if waits else config.rows + 1
-        return self._harvest(running, self._run_decode(running, temperature, patience))
-
-    def _run_decode(self, running: list[Sequence], temperature: float, patience: int):
-        count = self.config.rows
-        scalars = np.zeros((5, count), np.int32)
-        keys = np.zeros((count, 2), np.uint32)
-        tables = np.zeros((count, self._table), np.int32)
-        for i, s in enumerate(running):
-            last = s.known - 1
-            scalars[:, i] = s.ids[last], s.positions[0, last], s.cached, s.left, s.sampled
-            keys[i] = s.key
-            tables[i, : len(s.pages)] = s.pages
-        rows = steps.Rows(*scalars, keys=keys, tables=tables)
-        self._kv, sampled = steps.decode(
-            self.graph, self.params, self._kv, rows, np.float32(temperature), np.int32(patience),
-            self.eos_ids, self.config.decode_steps,
-        )  # fmt: skip
-        return jax.device_get(sampled)  # the one copy of a look to the host
+        return self._harvest(running, self.device.decode(running, temperature, patience))
 
     def _harvest(self, running: list[Sequence], sampled: steps.Sampled) -> list[SampledTurn]:
         turns = []
@@ -395,3 +321,19 @@ class Engine:
             )
             sequence.turn_ids, sequence.turn_logprobs, sequence.turn_versions = [], [], []
         return turns
+
+
+def _checked(config: EngineConfig) -> int:
+    """The pages of the pool. ValueError for sizes with which nothing would ever be sampled."""
+    sizes = ("rows", "slots", "page", "decode_steps", "refill", "extend_rows", "extend_tokens")
+    for name in (*sizes, "extends"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"engine.{name} is {getattr(config, name)}, at least 1")
+    each = -(-config.slots // config.page)
+    pages = config.pages or config.rows * each + 1
+    if pages <= each:  # one more: the page that it shares with somebody is copied
+        raise ValueError(
+            f"engine.pages is {pages}, a conversation of engine.slots = {config.slots} tokens "
+            f"alone needs {each + 1} pages of {config.page}"
+        )
+    return pages

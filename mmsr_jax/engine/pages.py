@@ -35,6 +35,9 @@ class PagePool:
             self._owners[page] += 1
         return list(pages)
 
+    def owners(self, page: int) -> int:
+        return self._owners[page]
+
     def shared(self, page: int) -> bool:
         return self._owners[page] > 1
 

@@ -6,6 +6,7 @@ is not paused can therefore always go on, so that everything ends, however small
 taken is computed again later from the token ids: never an error, never another token.
 """
 
+import collections
 import dataclasses
 
 from mmsr_jax.engine.pages import PagePool
@@ -45,11 +46,16 @@ class Schedule:
 
         Samples that wait for another's prompt do not count.
         """
-        return sum(
-            -(-s.missing // size)
-            for s in self.sequences.values()
-            if s.status is Status.FEEDING and (s.cached or s.number == s.group[0])
-        )
+        found, groups = 0, set()
+        for sequence in self.sequences.values():  # in order of their numbers
+            if sequence.status is not Status.FEEDING:
+                continue
+            if not sequence.cached:
+                if sequence.group in groups:
+                    continue
+                groups.add(sequence.group)
+            found += -(-sequence.missing // size)
+        return found
 
     def turn(self, sequence: Sequence, status: Status) -> None:
         """Gives a trajectory another status, from now on."""
@@ -116,15 +122,25 @@ class Schedule:
         Returns: False when there is not enough; nothing has changed then, but who lost pages.
         """
         first = sequence.cached // self.page
-        copied = first < len(sequence.pages) and self.pool.shared(sequence.pages[first])
-        need = max(-(-end // self.page) - len(sequence.pages), 0) + copied
-        while self.pool.free < need:
-            victim = None if polite else self._victim(sequence, busy)
+
+        def need() -> int:
+            return max(-(-end // self.page) - len(sequence.pages), 0) + copied()
+
+        def copied() -> bool:
+            """Whether the page that is written first has to be copied before."""
+            return first < len(sequence.pages) and self.pool.shared(sequence.pages[first])
+
+        # Nobody loses anything for what cannot be had.
+        if self.pool.free < need() and (
+            polite or self._attainable(sequence, busy) < need() - copied()
+        ):
+            return False
+        while self.pool.free < need():
+            victim = self._victim(sequence, busy)
             if victim is None:
                 return False
             self.drop(victim)
-        # Others may have lost the page that was shared with them.
-        if copied and self.pool.shared(sequence.pages[first]):
+        if copied():
             old, new = sequence.pages[first], self.pool.take()
             self.copies.source.append(old)
             self.copies.target.append(new)
@@ -134,20 +150,30 @@ class Schedule:
             sequence.pages.append(self.pool.take())
         return True
 
-    def _victim(self, sequence: Sequence, busy: set[int]) -> Sequence | None:
-        """Who loses its pages to `sequence`; None when nobody may."""
-        others = [
+    def _candidates(self, sequence: Sequence, busy: set[int]) -> list[Sequence]:
+        """Those who may lose their pages to `sequence`."""
+        return [
             s for s in self.sequences.values()
             if s.pages and s is not sequence and s.number not in busy
+            and (s.status is Status.PAUSED or s.number > sequence.number)
         ]  # fmt: skip
-        paused = sorted((s for s in others if s.status is Status.PAUSED), key=lambda s: s.since)
+
+    def _attainable(self, sequence: Sequence, busy: set[int]) -> int:
+        """Pages that would be free if everybody who may lose pages did."""
+        held = collections.Counter(
+            page for s in self._candidates(sequence, busy) for page in s.pages
+        )
+        return self.pool.free + sum(self.pool.owners(p) == n for p, n in held.items())
+
+    def _victim(self, sequence: Sequence, busy: set[int]) -> Sequence | None:
+        """Who loses its pages to `sequence`; None when nobody may."""
+        candidates = self._candidates(sequence, busy)
+        paused = sorted((s for s in candidates if s.status is Status.PAUSED), key=lambda s: s.since)
         juniors = sorted(
-            (s for s in others if s.status is not Status.PAUSED and s.number > sequence.number),
-            key=lambda s: -s.number,
+            (s for s in candidates if s.status is not Status.PAUSED), key=lambda s: -s.number
         )
         # First those whose pages nobody else holds: taking shared ones alone frees nothing.
-        for candidates in (paused, juniors):
-            for candidate in candidates:
-                if self.pool.gain(candidate.pages):
-                    return candidate
+        for candidate in paused + juniors:
+            if self.pool.gain(candidate.pages):
+                return candidate
         return next(iter(paused + juniors), None)

@@ -27,5 +27,6 @@ def test_a_mesh_says_what_one_device_says(tiny, plans, play, same, fsdp, tensor)
         same(left, right, 1e-5)
     assert compiles.count() == before
     # The pool stays where it was laid: heads over `tensor`, whole along `fsdp`.
-    part = engine._kv.addressable_shards[0].data.shape
-    assert part == (*engine._kv.shape[:2], engine._kv.shape[2] // tensor, engine._kv.shape[3])
+    kv = engine.device.kv
+    part = kv.addressable_shards[0].data.shape
+    assert part == (*kv.shape[:2], kv.shape[2] // tensor, kv.shape[3])

@@ -140,4 +140,4 @@ def test_samples_do_not_depend_on_the_number_of_rows(tiny, plans, play, same):
         for left, right in zip(
             play(tiny.engine(config=config), plans, samples=2), expected, strict=True
         ):
-            same(left, right, 2e-6)
+            same(left, right, 1e-5)

@@ -166,6 +166,7 @@ def attend_cached(q, kv, tables, first, own, reach):
     kind = q.dtype
     q = q.reshape(rows, queries, kv_heads, group, size).transpose(0, 2, 3, 1, 4)
     q = q.reshape(rows, kv_heads, group * queries, size)
+    last = own.max(axis=1, keepdims=True)
     own = jnp.tile(own, (1, group))[:, None, :, None]
     batch, lowest = ((0, 1), (0, 1)), jnp.finfo(jnp.float32).min
 
@@ -177,6 +178,8 @@ def attend_cached(q, kv, tables, first, own, reach):
         k, v = part[0], part[1]
         slot = index * block + jnp.arange(block, dtype=jnp.int32)
         seen = slot <= own
+        # What lies beyond a row is somebody else's: 0 times its infinities would be no number.
+        v = jnp.where((slot <= last)[:, None, :, None], v, 0)
         scores = dot_general(q, k, (((3,), (3,)), batch), preferred_element_type=jnp.float32)
         scores = jnp.where(seen, scores * size**-0.5, lowest)
         higher = jnp.maximum(top, scores.max(-1, keepdims=True))
