@@ -192,7 +192,7 @@ def test_search_finds_a_fact_by_text(capsys):
     assert main(["search", "text", "capital of Nepal", "--count", "1"]) == 0
     assert "Kathmandu" in capsys.readouterr().out
     assert main(["search", "text", "zzzqqq"]) == 0
-    assert capsys.readouterr().out == "no results\n"
+    assert capsys.readouterr().out.startswith("no results\n")
 
 
 def test_search_finds_a_flag_by_picture(folder, capsys):
