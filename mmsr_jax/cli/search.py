@@ -148,7 +148,8 @@ class _Kept:
         self.name, self._tool, self._kept = tool.name, tool, kept
 
     async def run(self, call: ToolCall):
-        found = self._kept["found"] = await self._tool.find(call)
+        ask = getattr(self._tool, "answer", None) or self._tool.find
+        found = self._kept["found"] = await ask(call)
         return tuple(hit.item() for hit in found.hits)
 
 

@@ -249,12 +249,16 @@ class Recorded:
             content[part] = hashlib.sha256(value).hexdigest() if part == "image" else value
         return Request(self.name, self.provider, content)
 
-    async def find(self, call: ToolCall) -> Found:
-        """The answer with its costs. ToolError "no_results" when there is none to be had."""
+    async def answer(self, call: ToolCall) -> Found:
+        """The answer with its costs; no hits when there are none to be had."""
         pipeline = hasattr(self._tool, "find")
-        found = await self._recorder.ask(
+        return await self._recorder.ask(
             self.request(call), lambda: self._live(call), whole=pipeline
         )
+
+    async def find(self, call: ToolCall) -> Found:
+        """As `answer`, but ToolError "no_results" when there is none."""
+        found = await self.answer(call)
         if not found.hits:
             raise ToolError("no_results")
         return found

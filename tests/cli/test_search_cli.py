@@ -36,7 +36,8 @@ class Serper(BaseHTTPRequestHandler):
         organic = [
             {"title": "Nepal\x1b[31m", "link": "https://np.example", "snippet": "A country."}
         ]
-        content = {"searchParameters": body, "organic": organic, "credits": 2}
+        content = {"searchParameters": body, "credits": 2}
+        content["organic"] = organic if body["q"] != "nothing" else []
         data = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -87,6 +88,15 @@ def test_text_by_a_provider_live_then_from_the_store_then_replayed(serper, tmp_p
     assert len(serper.asked) == 1
     for file in tmp_path.iterdir():
         assert b"sk-shell-secret" not in file.read_bytes()
+
+
+def test_that_there_is_nothing_has_its_price_and_is_kept_too(serper, tmp_path, capsys):
+    words = ["search", "text", "nothing", "--provider", "serper", "--url", serper.url, "--unread",
+             "--store", str(tmp_path / "calls.db")]  # fmt: skip
+    lines = shown(capsys, words).splitlines()
+    assert lines[0] == "no results" and lines[1].startswith("serper, live, ")
+    assert lines[1].endswith("$0.0020 paid")
+    assert "serper, from the store, " in shown(capsys, words) and len(serper.asked) == 1
 
 
 def test_what_a_store_holds_and_its_way_to_parquet_and_back(serper, tmp_path, capsys):
