@@ -200,6 +200,7 @@ class Engine:
             waiting = self.schedule.count(Status.READY) + self.schedule.count(Status.RUNNING)
             if waiting >= self.config.rows or (waiting and fed >= self.config.extends):
                 break
+        self.schedule.adopt_all()  # now: who has fed the prompt may be gone after this look
         return self._decode(temperature)
 
     def _due(self) -> bool:
