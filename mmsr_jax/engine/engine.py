@@ -87,6 +87,7 @@ class Engine:
         self._kv = jax.device_put(kv, here if mesh is None else cache_lib.sharding(place, kv.shape))
         self._pages = pages
         self._next = 0
+        self._stuck = False
         self._counters = dict.fromkeys(
             ("prefill_tokens", "again_tokens", "decode_steps", "sampled_tokens", "row_steps",
              "extensions", "copied_pages"), 0,
@@ -206,11 +207,11 @@ class Engine:
     def _due(self) -> bool:
         """Whether to feed now. An extension costs the same however little is in it.
 
-        So it is put off until it is full, or until rows are idle for want of it.
+        So it is put off until it is full, or until rows are idle or stuck for want of it.
         """
         ready = self.schedule.count(Status.READY) + self.schedule.count(Status.RUNNING)
         few = min(self.config.refill, -(-self.config.rows // 4))
-        if not ready or self.config.rows - ready >= few:
+        if not ready or self._stuck or self.config.rows - ready >= few:
             return True
         return self.schedule.pieces(self.config.extend_tokens) >= self.config.extend_rows
 
@@ -349,6 +350,7 @@ class Engine:
                 busy.add(sequence.number)
             else:
                 schedule.turn(sequence, Status.READY)
+        self._stuck = not running  # seniors that wait to be fed have all pages
         if not running:
             return []
         self._run_copies(schedule.copies)
