@@ -100,6 +100,9 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    def __post_init__(self):
+        self.carry.check(self.grpo.prompts, self.grpo.loss.sampler_correction)
+
     def to_json(self) -> str:
         """All fields as one JSON object."""
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)

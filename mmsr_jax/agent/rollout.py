@@ -20,7 +20,7 @@ class Ask:
 
     example: Example
     samples: int
-    visit: int = 0  # how often the question was asked before (a fresh random stream each time)
+    visit: int = 0  # tells times apart at which it is asked: each has fresh random streams
     forced: str = ""  # beginning of the first response, for constant policies
 
 
@@ -110,12 +110,25 @@ class Rollouts:
                 return
             self._look()
 
+    def abandon(self) -> None:
+        """Leaves nothing behind in the engine, whatever was in flight."""
+        for number in self._live:
+            self.engine.release(number)
+        for kept in (self._live, self._calls, self._open, self._waiting, self._complete):
+            kept.clear()
+
     def _look(self) -> None:
         """Moves everything on by one step of the engine, or waits for a tool if nothing can."""
         while self._room():
             self._admit(*self._waiting.popleft())
-        for turn in self.engine.step(self.temperature):
+        turns = self.engine.step(self.temperature)
+        for turn in turns:
             self._said(turn)
+        if not (turns or self._calls or self._complete or self.engine.busy or self._room()):
+            raise RuntimeError(
+                f"{len(self._live)} trajectories of {len(self._open)} questions are in flight, but "
+                "none of them can go on: somebody else uses the engine"
+            )
         if self._calls and not self.engine.busy and not self._complete and not self._room():
             start = time.perf_counter()
             concurrent.futures.wait(self._calls, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -160,13 +173,23 @@ class Rollouts:
             self._calls[self.toolbox.submit(call)] = turn.number
 
     def _answered(self, number: int, future: concurrent.futures.Future) -> None:
-        live = self._live[number]
-        live.episode, piece = episode_lib.answered(live.episode, future.result(), self.setting)
-        if piece is None:
-            self._finish(number)
-            return
-        room = episode_lib.budget(live.episode, self.setting)
-        self.engine.resume(Resume(number, piece, live.episode.tokens.pictures, room))
+        live, result = self._live[number], future.result()
+        before = live.episode
+        while True:
+            live.episode, piece = episode_lib.answered(before, result, self.setting)
+            if piece is None:
+                self._finish(number)
+                return
+            room = episode_lib.budget(live.episode, self.setting)
+            pictures = live.episode.tokens.pictures
+            try:
+                self.engine.resume(Resume(number, piece, pictures, room))
+            except ValueError as error:  # a picture too large for the engine, say
+                if result.error is not None:
+                    raise
+                result = dataclasses.replace(result, items=(), error=f"failed: {error}")
+            else:
+                return
 
     def _finish(self, number: int) -> None:
         """Takes an ended trajectory out of the engine; its group may be complete with it."""

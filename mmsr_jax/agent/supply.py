@@ -63,6 +63,7 @@ class Supply:
         """`draw` gives the next question."""
         self.rollouts, self.config, self.prompts, self.draw = rollouts, config, prompts, draw
         self.drawn = 0  # questions so far
+        self._left = 1
         self._flying: dict[int, Drawn] = {}  # by ticket: not handed out yet
         self._complete: dict[int, list[Trajectory]] = {}
 
@@ -75,12 +76,16 @@ class Supply:
         """Questions whose groups have not been handed out, oldest first."""
         return [self._flying[ticket] for ticket in sorted(self._flying)]
 
-    def take(self) -> list[list[Trajectory]]:
+    def take(self, left: int) -> list[list[Trajectory]]:
         """The next groups: those that may not grow older, then the oldest that are complete.
 
         There are `prompts` of them, or more when more may not wait (after slow searches have
         held up many questions of one step).
+
+        Args:
+          left: steps to come, this one included: nothing is asked that no step would learn from.
         """
+        self._left = left
         self._fill()
         now = self.rollouts.engine.version
         groups = self.rollouts.groups()
@@ -99,7 +104,8 @@ class Supply:
         return [self._complete.pop(ticket) for ticket in sorted(chosen)]
 
     def _fill(self) -> None:
-        while len(self._flying) < self.prompts + self.config.questions:
+        wanted = self.prompts + self.config.questions
+        while len(self._flying) < min(wanted, self.prompts * self._left):
             self.add(self.draw())
 
     def _due(self, began: int, now: int) -> bool:

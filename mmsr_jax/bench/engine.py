@@ -156,7 +156,7 @@ def _schedulers(options: Options, engine: Engine, played: list[traces.Trace]) ->
     rates = {name: run["tokens_per_s"] for name, run in record.items() if name in found}
     record["slow_by_instant"] = rates["slow"] / rates["instant"]
     steady = [record[name]["steady"]["tokens_per_s"] for name in ("slow", "instant")]
-    record["slow_by_instant_steady"] = steady[0] / steady[1]
+    record["slow_by_instant_steady"] = steady[0] / steady[1] if all(steady) else None
     for name in once:
         record[f"faster_than_{name}"] = record[name]["seconds"] / record["slow"]["seconds"]
     return record

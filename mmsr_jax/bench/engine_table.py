@@ -71,9 +71,10 @@ def _replay(record: dict) -> list[str]:
             f"{run['dropped']:>8} {pictures:>9}"
         )
     if "slow" in record:
+        steady = record["slow_by_instant_steady"]
         lines.append(
-            f"slow by instant tools, tokens a second: {record['slow_by_instant']:.2f} "
-            f"(until the last prompt had come in: {record['slow_by_instant_steady']:.2f})"
+            f"slow by instant tools, tokens a second: {record['slow_by_instant']:.2f}"
+            + (f" (until the last prompt had come in: {steady:.2f})" if steady else "")
         )
     for name in ("barrier", "barrier_large"):
         if name in record:

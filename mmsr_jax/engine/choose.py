@@ -30,7 +30,8 @@ def choose(logits, keys, counts, temperature):
     def noise(key, count):
         return jax.random.gumbel(jax.random.fold_in(key, count), (logits.shape[-1],))
 
-    # Gumbel-max: argmax of logits + noise is a sample; without noise it is the greedy choice.
-    gumbel = jnp.where(greedy, 0.0, 1.0) * jax.vmap(noise)(keys, counts)
-    token = jnp.argmax(scaled + gumbel, axis=-1).astype(jnp.int32)
+    # Gumbel-max: argmax of logits + noise is a sample; without noise it is the greedy choice, and
+    # drawing noise costs more than the rest of this.
+    noisy = jax.lax.cond(greedy, lambda: scaled, lambda: scaled + jax.vmap(noise)(keys, counts))
+    token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
     return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]

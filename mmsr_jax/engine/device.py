@@ -61,10 +61,12 @@ class Device:
     def copy(self, copies: Copies) -> int:
         """Copies pages, if there are any to copy; returns how many."""
         count = len(copies.source)
-        if count:
-            self._copy(copies)
-            copies.source.clear()
-            copies.target.clear()
+        width = max(self.config.rows, self.config.extend_rows)
+        for at in range(0, count, width):
+            end = at + width
+            self._copy(Copies(copies.source[at:end], copies.target[at:end]))
+        copies.source.clear()
+        copies.target.clear()
         return count
 
     def extend(self, parts: list[Part], pictures: list[Picture], soon: list[Picture]) -> None:

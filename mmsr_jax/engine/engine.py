@@ -188,6 +188,7 @@ class Engine:
             waiting = self.schedule.count(Status.READY) + self.schedule.count(Status.RUNNING)
             if waiting >= self.config.rows or (waiting and fed >= self.config.extends):
                 break
+        self.schedule.adopt_all()  # now: who has fed the prompt may be gone after this look
         running = self._seat()
         # Rows that looked taken are not, if nobody found room: whoever waits is fed after all.
         if not running and not fed and self._feed():

@@ -30,10 +30,12 @@ def run(job: Job, log: RunLog, params):
     rate = schedule(config.optimizer, config.steps * config.updates)
     fixed = job.fixed(transform)
     reference = job.reference(params) if config.loss.kl_weight > 0 else None
-    with Checkpoints(job.workdir / "checkpoints" / "grpo", e.checkpoint) as checkpoints:
+    stream = job.stream("train", e.data.grpo_categories, e.data.grpo_shares)
+    with (
+        Checkpoints(job.workdir / "checkpoints" / "grpo", e.checkpoint) as checkpoints,
+        _Sampler(job, stream) as sampler,
+    ):
         state = state_lib.create(params, transform, job.mesh)
-        stream = job.stream("train", e.data.grpo_categories, e.data.grpo_shares)
-        sampler = _Sampler(job, stream)
         first = 0
         if (restored := checkpoints.restore(state_lib.abstract(state))) is not None:
             state, meta = restored
@@ -112,8 +114,7 @@ class _Sampler:
 
     def __init__(self, job: Job, stream):
         e = self.experiment = job.experiment
-        e.carry.check(e.grpo.prompts, e.grpo.loss.sampler_correction)
-        self.job, self.stream, self.number = job, stream, 0
+        self.job, self.stream = job, stream
         self.rollouts = Rollouts(
             job.engine, job.toolbox, job.setting, seed=e.seed, temperature=e.grpo.temperature,
             skipped=self._skip,
@@ -121,11 +122,17 @@ class _Sampler:
         self.supply = Supply(self.rollouts, e.carry, e.grpo.prompts, self._draw)
         self.bad = 0
 
+    def __enter__(self) -> "_Sampler":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.rollouts.abandon()  # the engine is the evaluation's next
+
     def restore(self, meta: dict) -> None:
         """Asks again what was in flight, then goes on with the data where it stood."""
         for question in meta.get("carried", []):
             self.stream.restore(question["origin"])
-            self.supply.add(self._drawn(question["visit"]))
+            self.supply.add(self._draw())
         self.stream.restore(meta["data"])
 
     def meta(self, step: int) -> dict:
@@ -139,10 +146,10 @@ class _Sampler:
 
     def sample(self, number: int) -> tuple[list[list[Trajectory]], dict[str, float]]:
         """The groups of step `number`, and measurements under their names in metrics.jsonl."""
-        self.number, self.bad = number, 0
+        self.bad = 0
         counters, asked = self.job.engine.counters, self.supply.drawn
         waited, began = self.rollouts.tools_wait, time.perf_counter()
-        groups = self.supply.take()
+        groups = self.supply.take(self.experiment.grpo.steps - number)
         took = time.perf_counter() - began
         spent = {k: v - counters[k] for k, v in self.job.engine.counters.items()}
         return groups, {
@@ -158,11 +165,9 @@ class _Sampler:
         }
 
     def _draw(self) -> Drawn:
-        return self._drawn(self.number)
-
-    def _drawn(self, visit: int) -> Drawn:
         origin = self.stream.state()
-        ask = Ask(next(self.stream), self.experiment.grpo.group_size, visit=visit)
+        # The position in the data is another one each time that a question comes up.
+        ask = Ask(next(self.stream), self.experiment.grpo.group_size, visit=origin["next_index"])
         return Drawn(ask, origin)
 
     def _skip(self, ask: Ask, error: ValueError) -> None:

@@ -75,6 +75,7 @@ class Actor:
 
     def release(self, number):
         del self.said[number]
+        self.awake.discard(number)
 
 
 class Dawdle:
@@ -235,6 +236,51 @@ def test_waiting_for_tools_costs_no_looks(tiny):
         took = time.perf_counter() - began
     assert actor.looks < 60, actor.looks
     assert timings["tools_wait"] > 0.5 * took
+
+
+def test_what_is_abandoned_leaves_nothing_in_the_engine(tiny):
+    """And what nobody can move any more is an error, not a loop without end."""
+    late, early = [IMAGE, ANSWER.format(1)], [ANSWER.format(0)]
+    asks, script = scripted(tiny, {"late": [late, late], "a": [early]})
+    actor = Actor(tiny, 9, script)
+    with toolbox(seconds=0.3) as box:
+        rollouts = Rollouts(actor, box, tiny.setting, seed=SEED, temperature=1.0)
+        tickets = [rollouts.add(ask) for ask in asks]
+        assert next(rollouts.groups())[0] == tickets[1] and actor.live == 2
+        rollouts.abandon()
+        assert not actor.live and not rollouts.unfinished and list(rollouts.groups()) == []
+        rollouts.add(asks[0])
+        rollouts._look()
+        actor.awake.clear()  # as if another's
+        rollouts._calls.clear()
+        with pytest.raises(RuntimeError, match="none of them can go on"):
+            list(rollouts.groups())
+
+
+def test_a_picture_that_the_engine_refuses_is_told_to_the_model(tiny):
+    """A thumbnail may be larger than the engine was made for."""
+    asks, script = scripted(tiny, {"e": [[IMAGE, ANSWER.format("Lisbon")]]})
+    actor = Actor(tiny, 2, script)
+    resume, seen = actor.resume, []
+
+    def picky(given):
+        if len(given.pictures) > 1:
+            raise ValueError("a picture of 80 patches is larger than the 64")
+        seen.append(given)
+        resume(given)
+
+    actor.resume = picky
+
+    class Thumbnails:
+        name = "image_search"
+
+        async def run(self, call):
+            return (ResultItem("Portugal", thumbnail=tiny.png(56, 28)),)
+
+    with Toolbox({"image_search": Thumbnails()}, deadline=5.0) as box:
+        ((played,),), _ = rollout(actor, box, asks, tiny.setting, seed=SEED, temperature=1.0)
+    assert played.ending == Ending.ANSWERED and len(seen) == 1
+    assert "larger than the 64" in played.turns[1].result.error
 
 
 def test_nothing_asked_nothing_done(tiny):

@@ -67,22 +67,22 @@ def ids(groups):
 def test_without_carry_over_a_step_waits_for_all_of_its_own(tiny):
     field = Field(tiny, {1: NEVER, 4: None})
     source = supply(tiny, field, 3)
-    assert ids(source.take()) == [0, 1, 2] and source.in_flight == []
+    assert ids(source.take(9)) == [0, 1, 2] and source.in_flight == []
     field.engine.version += 1
-    assert ids(source.take()) == [3, 5, 6]  # question 4 could not be asked: 6 took its place
+    assert ids(source.take(9)) == [3, 5, 6]  # question 4 could not be asked: 6 took its place
     assert source.in_flight == [] and source.drawn == 7
 
 
 def test_slow_groups_are_left_behind_until_they_may_not_grow_older(tiny):
     field = Field(tiny, {1: NEVER, 2: 1})
     source = supply(tiny, field, 2, questions=2, staleness=2)
-    assert ids(source.take()) == [0, 3] and not field.waited
+    assert ids(source.take(9)) == [0, 3] and not field.waited
     assert [d.origin["next_index"] for d in source.in_flight] == [1, 2]
     field.engine.version += 1
-    assert ids(source.take()) == [2, 4] and not field.waited  # 2 has ended by now
+    assert ids(source.take(9)) == [2, 4] and not field.waited  # 2 has ended by now
     field.engine.version += 1
     # Question 1 began at update 0: at the next one it would be three updates old.
-    assert 1 in ids(source.take())
+    assert 1 in ids(source.take(9))
     assert field.waited == [(2, 1)]
 
 
@@ -98,7 +98,7 @@ def test_nothing_is_lost_doubled_or_too_old(tiny, seed):
     seen = []
     for now in range(30):
         field.engine.version = now
-        groups = source.take()
+        groups = source.take(9)
         assert len(groups) >= prompts
         for group in groups:
             assert now - group[0].tokens.versions.max() <= staleness
@@ -107,6 +107,15 @@ def test_nothing_is_lost_doubled_or_too_old(tiny, seed):
     broken = [t for t, end in late.items() if end is None and t < source.drawn]
     assert sorted(seen + flying + broken) == list(range(source.drawn))
     assert len(flying) <= questions
+
+
+def test_the_last_steps_ask_nothing_that_nobody_would_learn_from(tiny):
+    field = Field(tiny, {1: NEVER, 5: NEVER})
+    source = supply(tiny, field, 2, questions=2, staleness=2)
+    for now, left in enumerate((3, 2, 1)):
+        field.engine.version = now
+        source.take(left)
+    assert source.drawn == 6 and source.in_flight == []
 
 
 def test_what_cannot_be_meant_is_refused():
