@@ -89,8 +89,8 @@ class Tokens:
     positions: np.ndarray  # [3, T] int32, M-RoPE (temporal, height, width)
     image_index: np.ndarray  # [T] int32
     logprobs: np.ndarray  # [T] float32, sampler's log-prob where author is MODEL, else 0
-    # [T] int32, number of updates of the policy that sampled the token, -1 where author is not
-    # MODEL
+    # [T] int32, `Engine.version` (weight changes in this process) when the token was sampled, -1
+    # where author is not MODEL
     versions: np.ndarray
     pictures: tuple[Picture, ...]
     next_position: int  # M-RoPE position of the token that would follow

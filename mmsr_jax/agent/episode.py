@@ -99,7 +99,7 @@ def said(
       ids: [n] int32 sampled ids, the one that ended the turn included.
       logprobs: [n] float32 of the sampler.
       stopped: the model ended its turn itself.
-      versions: [n] int32, or one for all: number of updates of the policy that sampled each id.
+      versions: [n] int32, or one for all: the engine's version when it sampled each id.
 
     Returns:
       The episode and the tool call to make, or None when the episode has ended.

@@ -69,7 +69,7 @@ def model_turn(
         ids: [T], with the id that ended the turn, if one did.
         logprobs: [T] of the sampler.
         start: M-RoPE position of the first token.
-        versions: number of updates of the policy that sampled each token [T], or all of them.
+        versions: the engine's version when it sampled each token [T], or all of them.
     """
     ids, logprobs = np.asarray(ids, np.int32), np.asarray(logprobs, np.float32)
     if ids.ndim != 1 or ids.shape != logprobs.shape:

@@ -20,9 +20,15 @@ def run(experiment: Experiment, workdir: pathlib.Path, log: RunLog) -> dict[str,
     """Runs what is left to do of the experiment in `workdir`; returns the summary.
 
     Raises:
-      ValueError: the folder holds another experiment.
+      ValueError: the folder holds another experiment, or there are several processes.
     """
-    log.primary = jax.process_index() == 0
+    if jax.process_count() > 1:
+        # Each would draw the same questions, and batches of different sizes would never meet.
+        raise ValueError(
+            f"training runs in one process so far, not in {jax.process_count()}: use one host with "
+            "all of its devices"
+        )
+    log.primary = True
     experiment_lib.save(experiment, workdir)
     began = time.perf_counter()
     job = Job(experiment, workdir)
