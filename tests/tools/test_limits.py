@@ -4,7 +4,9 @@ import asyncio
 import email.utils
 import math
 import random
+import sys
 import time
+import traceback
 
 import httpx
 import pytest
@@ -294,3 +296,31 @@ def test_proxies_are_for_providers_only(monkeypatch):
             assert len(proxy.heads) == 1
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "all_proxy", "ALL_PROXY"])
+def test_a_proxy_may_be_written_without_its_scheme(monkeypatch, name):
+    async def run():
+        async with FaultServer(always(body=b"[]")) as proxy:
+            monkeypatch.setenv(name, f"127.0.0.1:{proxy.port}")
+            async with Http(HttpConfig(retries=0)) as http:
+                await http.send(HttpRequest("p", "GET", "http://provider.example/"))
+            assert proxy.heads[0].startswith("GET http://provider.example/ HTTP/1.1")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("address", ["ftp://me:s3cret@p.example", "me:s3cret@p.example:port"])
+def test_a_proxy_that_is_none_is_named_without_its_password(monkeypatch, address):
+    monkeypatch.setenv("https_proxy", address)
+    with pytest.raises(ValueError, match="the https proxy of the environment is none") as raised:
+        Http(HttpConfig())
+    shown = "".join(traceback.format_exception(raised.value))
+    assert "s3cret" not in shown
+
+
+def test_a_socks_proxy_needs_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("all_proxy", "socks5://p.example:1080")
+    with pytest.raises(ValueError, match=r"proxy speaks socks5: pip install 'httpx\[socks\]'"):
+        Http(HttpConfig())
