@@ -196,10 +196,11 @@ class Http:
         # The open web is no provider that breaks as a whole: each of its hosts has a circuit.
         public = call.request.public_only
         circuit = gate.breaker(self._guard.read(call.request.url).host if public else "")
-        circuit.enter()
+        token = circuit.enter()
         good = None
         try:
             async with gate.admitted(call.left):
+                token = circuit.enter(token)  # it may have opened while we waited
                 call.doing, patience = "waiting for the server", call.left()
                 try:
                     response = await self._follow(call)
@@ -214,7 +215,7 @@ class Http:
                 good = True
                 return response
         finally:
-            circuit.record(good)
+            circuit.record(token, good)
 
     async def _follow(self, call: _Call) -> HttpResponse:
         """Sends the request, and again to wherever the answer points."""
