@@ -234,7 +234,8 @@ class Http:
                         there = _redirected(request, url, response)
                     elif 200 <= response.status_code < 300:
                         body = await _body(response, limit)
-                        final = target.url if target else str(url)
+                        final = str(url) if target is None else target.url
+                        final = redact(final, request.secrets) if request.secrets else final
                         head = dict(response.headers)
                         return HttpResponse(response.status_code, head, body, final)
                     else:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import struct
 import sys
 
@@ -60,7 +61,7 @@ class Parsers:
 
         Raises:
             ToolError: "timeout"; "no_text"; "too_large" for memory; "bad_response" for a page that
-                cannot be read, or that kills its parser.
+                cannot be read, or that ends its parser; "failed" when somebody killed the parser.
         """
         job = {
             "kind": kind,
@@ -86,6 +87,8 @@ class Parsers:
         try:
             reply = await worker.ask(job, body)
         except (OSError, asyncio.IncompleteReadError, ValueError):
+            if await worker.ended() == -signal.SIGKILL:  # by the kernel, when memory is short
+                raise ToolError("failed", "the parser was killed from outside") from None
             raise ToolError("bad_response", "the page ends its parser") from None
         else:
             if worker.jobs < MAX_JOBS:
@@ -134,6 +137,13 @@ class _Worker:
         if size > MAX_ANSWER:
             raise ValueError(f"an answer of {size} bytes")
         return json.loads(await self.process.stdout.readexactly(size))
+
+    async def ended(self) -> int | None:
+        """How the process ended, if it does so now: an exit status, or minus a signal."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                return await self.process.wait()
+        return None
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -318,14 +318,29 @@ def test_the_allow_list_is_for_one_service():
 
 def test_entries_of_the_allow_list():
     guard = Guard(("Wiki.local:8080", "[fd00::1]:80", "10.0.0.7"))
-    for url in ("http://wiki.local:8080/", "http://[FD00::1]/", "http://10.0.0.7:9999/"):
+    for url in ("http://wiki.local:8080/", "http://[FD00::1]/", "https://10.0.0.7/"):
         assert guard.read(url).listed
-    for url in ("http://wiki.local/", "http://[fd00::1]:81/", "http://10.0.0.77/"):
+    for url in (
+        "http://10.0.0.7:9999/",
+        "http://wiki.local/",
+        "http://[fd00::1]:81/",
+        "http://10.0.0.77/",
+    ):
         with pytest.raises(ToolError, match="^refused"):
             guard.read(url)
     for entry in ("http://wiki.local", "wiki.local/x", "*.local", ""):
         with pytest.raises(ValueError, match="allow: .* is no host or host:port"):
             Guard((entry,))
+
+
+def test_an_entry_without_a_port_is_for_the_two_of_the_web():
+    guard = Guard(("wiki.local",))
+    for url in ("http://wiki.local/x", "https://wiki.local/", "http://wiki.local:443/"):
+        assert guard.read(url).listed
+    for url in ("http://wiki.local:8080/", "http://wiki.local:22/", "http://wiki.local:9200/"):
+        with pytest.raises(ToolError, match="^refused"):
+            guard.read(url)
+    assert Guard(("wiki.local:8080",)).read("http://wiki.local:8080/").listed
 
 
 def test_redirects_leave_the_allow_list():

@@ -388,3 +388,16 @@ def test_a_socks_proxy_needs_a_package(monkeypatch):
     monkeypatch.setenv("all_proxy", "socks5://p.example:1080")
     with pytest.raises(ValueError, match=r"proxy speaks socks5: pip install 'httpx\[socks\]'"):
         Http(HttpConfig())
+
+
+def test_no_key_is_in_what_a_request_or_an_answer_shows():
+    key = "sk-s3cret-0123456789"
+    request = HttpRequest(
+        "p", "GET", f"http://a.example/?q={key}", {"api_key": key}, {"X-Key": key}, {"key": key},
+        secrets=(key,),
+    )  # fmt: skip
+    transport = httpx.MockTransport(lambda r: httpx.Response(200, content=r.url.query))
+    answer = asyncio.run(Http(HttpConfig(), transport=transport).send(request))
+    assert key.encode() in answer.body
+    assert key not in repr(request) + repr(answer) + answer.url
+    assert answer.url.startswith("http://a.example/")
