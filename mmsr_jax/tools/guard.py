@@ -22,6 +22,7 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 MAX_URL_CHARS = 4096
 MAX_ADDRESSES = 32  # a name with more is no web site
+RESOLVE_SECONDS = 10.0  # then another try may go to another name server
 RESOLVERS = 32  # threads; they cannot be cancelled, so a name server that hangs keeps them a while
 PORTS = {"http": 80, "https": 443}
 FIRST_FREE_PORT = 1024  # below it only 80 and 443: no mail, no shells, no file servers
@@ -136,7 +137,10 @@ class Guard:
 
     async def _addresses(self, target: Target) -> list[str]:
         try:
-            found = await self._resolve(target.host, target.port)
+            async with asyncio.timeout(RESOLVE_SECONDS):
+                found = await self._resolve(target.host, target.port)
+        except TimeoutError:
+            raise ToolError("unreachable", f"no name server knows {target.host} in time") from None
         except UnicodeError:
             raise _refused(f"{target.host} is no host name") from None
         except OSError:

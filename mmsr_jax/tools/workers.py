@@ -86,8 +86,9 @@ class Parsers:
         worker = self._idle.pop() if self._idle else await self._start()
         try:
             reply = await worker.ask(job, body)
-        except (OSError, asyncio.IncompleteReadError, ValueError):
-            if await worker.ended() == -signal.SIGKILL:  # by the kernel, when memory is short
+        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+            gone = not isinstance(error, ValueError)
+            if gone and await worker.ended() == -signal.SIGKILL:  # the kernel's, short of memory
                 raise ToolError("failed", "the parser was killed from outside") from None
             raise ToolError("bad_response", "the page ends its parser") from None
         else:

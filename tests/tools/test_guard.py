@@ -9,6 +9,7 @@ import httpx
 import pytest
 from fault_server import FaultServer, always, header, path, response
 
+from mmsr_jax.tools import guard as guard_lib
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.guard import Guard, not_public
 from mmsr_jax.tools.http import Http, HttpConfig, HttpRequest
@@ -341,6 +342,15 @@ def test_an_entry_without_a_port_is_for_the_two_of_the_web():
         with pytest.raises(ToolError, match="^refused"):
             guard.read(url)
     assert Guard(("wiki.local:8080",)).read("http://wiki.local:8080/").listed
+
+
+def test_a_name_server_that_hangs_leaves_time_for_something_else(monkeypatch):
+    async def hang(host, port):
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(guard_lib, "RESOLVE_SECONDS", 0.05)
+    with pytest.raises(ToolError, match="^unreachable: no name server knows slow.example in time"):
+        asyncio.run(Guard(resolve=hang).check("http://slow.example/"))
 
 
 def test_redirects_leave_the_allow_list():

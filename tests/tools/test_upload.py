@@ -63,6 +63,7 @@ def test_nothing_but_pixels_becomes_public():
     assert b"at home" in out.getvalue() and b"at home" not in named(out.getvalue())[2]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_pictures_that_start_programs_or_fill_the_memory_are_refused():
     with pytest.raises(ToolError, match="^bad_picture"):
         named(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")

@@ -109,9 +109,9 @@ def address(entry: dict[str, Any], *names: str) -> str:
     """The first of these fields that holds a URL, else "". Never cut: half a URL is none."""
     for name in names:
         value = entry.get(name)
-        if isinstance(value, str) and (value := value.strip()):
-            if len(value) <= (MAX_INLINE if value.startswith("data:") else MAX_URL):
-                return value
+        value = value.strip() if isinstance(value, str) else ""
+        if 0 < len(value) <= (MAX_INLINE if value.startswith("data:") else MAX_URL):
+            return value
     return ""
 
 
