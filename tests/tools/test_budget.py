@@ -1,7 +1,9 @@
 """Money is spent on what went out, on nothing else, and never twice by two processes."""
 
 import asyncio
+import fcntl
 import json
+import threading
 
 import pytest
 from fault_server import FaultServer, always, reset, response
@@ -198,6 +200,28 @@ def test_processes_that_share_a_ledger_share_what_is_set_aside(tmp_path):
     with some[1].hold("p", 0.7):
         pass
     assert Budget(1.0, ledger).spent == 1.0
+
+
+def test_setting_aside_waits_for_the_ledgers_lock(tmp_path):
+    """As another process holds it, which then spends the money."""
+    ledger, kinds = tmp_path / "payments.jsonl", []
+
+    def call():
+        try:
+            with Budget(1.0, ledger).hold("p", 0.4):
+                kinds.append("called")
+        except ToolError as error:
+            kinds.append(error.kind)
+
+    thread = threading.Thread(target=call)
+    with ledger.open("ab", buffering=0) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive() and not kinds
+        other.write(b'{"cost": 0.9}\n')
+    thread.join(20)
+    assert kinds == ["budget"]
 
 
 def test_a_kill_leaves_the_money_spent_and_a_price_without_surprise_is_one_line(tmp_path):
