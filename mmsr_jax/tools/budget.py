@@ -5,12 +5,15 @@ import contextvars
 import dataclasses
 import fcntl
 import json
+import logging
 import pathlib
 import threading
 import time
 from collections.abc import Iterator
 
 from mmsr_jax.tools.base import ToolError
+
+_log = logging.getLogger(__name__)
 
 # A service that says so bills nothing: services count answered requests only (SerpApi says so:
 # https://serpapi.com/account-api). Any other end of a request that went out may well be billed.
@@ -167,11 +170,17 @@ class Budget:
         aside = held.price * (1 + held.doubts)
         if not aside and not cost:
             return
-        with self._lock, self._alone():
-            if round(cost - aside, 9):
-                self._write(held.provider, round(cost - aside, 9))
+        with self._lock:
             self._held -= aside
             self.calls += cost > 0
+            if not round(cost - aside, 9):
+                return
+            try:
+                with self._alone():
+                    self._write(held.provider, round(cost - aside, 9))
+            except OSError as error:  # the answer is paid for, and worth more than this line
+                _log.warning("%s: a correction of %g US dollars is lost: %s", self._ledger,
+                             cost - aside, error.strerror)  # fmt: skip
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

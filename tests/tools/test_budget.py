@@ -235,6 +235,20 @@ def test_a_kill_leaves_the_money_spent_and_a_price_without_surprise_is_one_line(
     assert Budget(1.0, ledger).spent == budget.spent == 0.4
 
 
+def test_a_full_disk_takes_no_answer_away(tmp_path, monkeypatch, caplog):
+    budget = Budget(1.0, tmp_path / "payments.jsonl")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with budget.hold("p", 0.4) as held:
+        held.cost = 0.1
+        monkeypatch.setattr(budget, "_write", full)
+    assert budget.spent == 0.4 and "correction of -0.3 US dollars is lost: No space" in caplog.text
+    with pytest.raises(OSError, match="No space"), budget.hold("p", 0.4):
+        raise AssertionError("what cannot be written down is not asked for")
+
+
 def test_a_redirect_is_one_try():
     there = response(302, Location="/there")
 
