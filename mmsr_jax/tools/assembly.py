@@ -45,6 +45,7 @@ LIMITS = {
     "retriever": Limits(rate=1000, burst=1000, concurrency=64),
     "summarizer": Limits(rate=1000, burst=1000, concurrency=64),
     "web": Limits(rate=500, burst=500, concurrency=128),
+    "browser": Limits(rate=500, burst=500, concurrency=128),
     "thumbnails": Limits(rate=500, burst=500, concurrency=128),
 }
 
@@ -73,9 +74,15 @@ class WebConfig:
     http: HttpConfig = HttpConfig(limits=LIMITS)
 
     def __post_init__(self):
+        # Whoever sets one provider's limits has said nothing about the others.
+        limits = {**LIMITS, **self.http.limits}
+        object.__setattr__(self, "http", dataclasses.replace(self.http, limits=limits))
         for name in ("page_price", "summary_price"):
             if getattr(self, name) < 0:
                 raise ValueError(f"web.{name} must be at least 0, not {getattr(self, name)}")
+        answers.base_url(self.reader.jina_url, "Jina Reader")
+        if self.reader.jina_key_env:
+            answers.variable(self.reader.jina_key_env, "Jina Reader")
         if self.deadline <= 0:
             raise ValueError(f"web.deadline must be above 0 seconds, not {self.deadline}")
 

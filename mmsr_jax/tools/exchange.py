@@ -20,10 +20,10 @@ class HttpRequest:
 
     provider: str
     method: str
-    url: str
-    params: Mapping[str, str] | None = None  # added to the query that `url` has
-    headers: Mapping[str, str] | None = None
-    json: object | None = None
+    url: str = dataclasses.field(repr=False)  # this and what follows may hold a key
+    params: Mapping[str, str] | None = dataclasses.field(default=None, repr=False)  # added to `url`
+    headers: Mapping[str, str] | None = dataclasses.field(default=None, repr=False)
+    json: object | None = dataclasses.field(default=None, repr=False)
     deadline: float = 30.0  # seconds for everything: waiting, retries, redirects, the body
     max_bytes: int | None = None  # None: the client's
     secrets: tuple[str, ...] = dataclasses.field(default=(), repr=False)
@@ -35,9 +35,9 @@ class HttpResponse:
     """A 2xx response, its body read and decompressed."""
 
     status: int
-    headers: Mapping[str, str]  # names in lower case
-    body: bytes
-    url: str  # after redirects
+    headers: Mapping[str, str] = dataclasses.field(repr=False)  # names in lower case
+    body: bytes = dataclasses.field(repr=False)
+    url: str = dataclasses.field(repr=False)  # after redirects; without secrets and their queries
 
     def json(self) -> object:
         """The body as JSON. ToolError "bad_response" when it is none, or says it is none."""

@@ -22,6 +22,8 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 MAX_URL_CHARS = 4096
 MAX_ADDRESSES = 32  # a name with more is no web site
+RESOLVE_SECONDS = 10.0  # then another try may go to another name server
+RESOLVERS = 32  # threads; they cannot be cancelled, so a name server that hangs keeps them a while
 PORTS = {"http": 80, "https": 443}
 FIRST_FREE_PORT = 1024  # below it only 80 and 443: no mail, no shells, no file servers
 
@@ -70,7 +72,8 @@ class Guard:
     """Checks URLs.
 
     Args:
-        allow: "host" or "host:port" of services that may be reached at any address.
+        allow: "host:port" of services that may be reached at any address; "host" is its ports 80
+            and 443. Redirects of strangers' pages may lead there too.
         resolve: (host, port) -> addresses; the system's resolver if not given.
 
     Raises:
@@ -106,7 +109,8 @@ class Guard:
         if "@" in netloc:
             raise _refused("a user name in the URL")
         host, port = self._host_and_port(netloc, scheme)
-        listed = bool({host, f"{host}:{port}"} & self._allow)
+        listed = f"{host}:{port}" in self._allow
+        listed |= host in self._allow and port in PORTS.values()
         if not listed:
             _check_name(host, port)
         tail = tail.partition("#")[0].replace(" ", "%20")
@@ -133,7 +137,10 @@ class Guard:
 
     async def _addresses(self, target: Target) -> list[str]:
         try:
-            found = await self._resolve(target.host, target.port)
+            async with asyncio.timeout(RESOLVE_SECONDS):
+                found = await self._resolve(target.host, target.port)
+        except TimeoutError:
+            raise ToolError("unreachable", f"no name server knows {target.host} in time") from None
         except UnicodeError:
             raise _refused(f"{target.host} is no host name") from None
         except OSError:
@@ -186,7 +193,7 @@ async def system_resolve(host: str, port: int) -> list[str]:
 @functools.cache
 def _resolvers() -> concurrent.futures.Executor:
     # Its own threads: a name server that hangs must not use up those of other work.
-    return concurrent.futures.ThreadPoolExecutor(16, thread_name_prefix="resolve")
+    return concurrent.futures.ThreadPoolExecutor(RESOLVERS, thread_name_prefix="resolve")
 
 
 def _refused(why: str) -> ToolError:

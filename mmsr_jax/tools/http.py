@@ -9,18 +9,16 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import functools
 import logging
 import random
-import ssl
 import time
-import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 
 import httpx
 
+from mmsr_jax.tools import budget
 from mmsr_jax.tools.base import ToolError
-from mmsr_jax.tools.body import ENCODINGS, read_body, within
+from mmsr_jax.tools.body import read_body, within
 from mmsr_jax.tools.exchange import (
     MAX_ERROR_BODY,
     HttpError,
@@ -29,18 +27,17 @@ from mmsr_jax.tools.exchange import (
     cleaned,
     failure,
 )
-from mmsr_jax.tools.guard import Guard, Resolve, Target
+from mmsr_jax.tools.guard import Guard, Resolve
 from mmsr_jax.tools.limits import Gate, Limits
 from mmsr_jax.tools.redact import redact
 from mmsr_jax.tools.retry import Pauses
+from mmsr_jax.tools.routes import Routes
 
-# Its trace prints the headers that come back, and servers echo keys.
+# It would print the headers that come back, and servers echo keys.
 logging.getLogger("httpcore").setLevel(logging.INFO)
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 BROKEN = frozenset({"server_error", "timeout", "unreachable"})  # what opens a circuit
-LOOPBACK = ("localhost", "127.0.0.1", "::1")  # not where a proxy would look for it
-MAX_ROUTES = 3  # addresses of one name that are tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +73,7 @@ class _Call:
 
     request: HttpRequest
     left: Callable[[], float]  # seconds until its deadline
+    money: budget.Hold | None  # set aside for it; hears what may be billed
     doing: str = "waiting for a slot"
 
 
@@ -107,7 +105,10 @@ class Http:
         self._pauses = Pauses(config.backoff, config.backoff_max, rng or random.Random())
         self._gates: dict[str, Gate] = {}
         self._counters: dict[str, collections.Counter] = {}
-        self._routes = _Routes(config, transport)
+        self._routes = Routes(
+            config.connect_timeout, config.read_timeout, config.ca_file, config.user_agent,
+            transport,
+        )  # fmt: skip
 
     async def __aenter__(self) -> "Http":
         return self
@@ -144,7 +145,8 @@ class Http:
             request.provider, collections.Counter(calls=0, errors=0, retries=0, bytes=0, seconds=0)
         )
         started = self._clock()
-        call = _Call(request, lambda: started + request.deadline - self._clock())
+        money = None if request.public_only else budget.current()  # strangers' pages bill nobody
+        call = _Call(request, lambda: started + request.deadline - self._clock(), money)
         try:
             async with asyncio.timeout(request.deadline):
                 response = await self._persist(call, counter)
@@ -182,6 +184,8 @@ class Http:
                     gate.bucket.close(min(error.retry_after, self._config.hold_max))
             if not error.again or tries == self._config.retries or pause >= call.left():
                 raise error
+            if call.money is not None and not call.money.again():
+                raise error  # the try before may be billed, and for another there is no money
             counter["retries"] += 1
             call.doing = f"waiting to try again after {error}"
             await self._sleep(pause)
@@ -192,10 +196,11 @@ class Http:
         # The open web is no provider that breaks as a whole: each of its hosts has a circuit.
         public = call.request.public_only
         circuit = gate.breaker(self._guard.read(call.request.url).host if public else "")
-        circuit.enter()
+        token = circuit.enter()
         good = None
         try:
             async with gate.admitted(call.left):
+                token = circuit.enter(token)  # it may have opened while we waited
                 call.doing, patience = "waiting for the server", call.left()
                 try:
                     response = await self._follow(call)
@@ -210,7 +215,7 @@ class Http:
                 good = True
                 return response
         finally:
-            circuit.record(good)
+            circuit.record(token, good)
 
     async def _follow(self, call: _Call) -> HttpResponse:
         """Sends the request, and again to wherever the answer points."""
@@ -223,15 +228,19 @@ class Http:
         for _ in range(self._config.redirects + 1):
             target = await self._guard.check(str(url)) if request.public_only else None
             with _named():
-                async with self._routes.open(request, url, headers, target, call) as response:
+                ways = self._routes.open(request, url, headers, target, call.left, call.money)
+                async with ways as response:
                     if response.status_code in REDIRECTS and "location" in response.headers:
                         there = _redirected(request, url, response)
                     elif 200 <= response.status_code < 300:
                         body = await _body(response, limit)
-                        final = target.url if target else str(url)
+                        final = str(url) if target is None else target.url
+                        final = redact(final, request.secrets) if request.secrets else final
                         head = dict(response.headers)
                         return HttpResponse(response.status_code, head, body, final)
                     else:
+                        if call.money is not None:
+                            call.money.refused(response.status_code)
                         raise await _failure(response, request)
             if (there.scheme, there.host, there.port) != (url.scheme, url.host, url.port):
                 headers = {}  # they may hold a key, which is for the first server only
@@ -243,101 +252,6 @@ class Http:
             limits = self._config.limits.get(provider, self._config.default_limits)
             self._gates[provider] = Gate(limits, self._clock, self._sleep)
         return self._gates[provider]
-
-
-class _Routes:
-    """The ways to the network: straight, through a proxy, or pinned to a checked address."""
-
-    def __init__(self, config: HttpConfig, transport: httpx.AsyncBaseTransport | None):
-        self._config, self._proxied = config, {}
-        if transport is not None:
-            self._straight = self._pinned = transport
-            return
-        context = _tls(config.ca_file)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
-        self._straight = httpx.AsyncHTTPTransport(verify=context, limits=limits)
-        # A kept connection belongs to an address. Two sites may share one, and the certificate
-        # was checked for the first of them only: so none is kept.
-        once = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._pinned = httpx.AsyncHTTPTransport(verify=context, limits=once)
-        for scheme in {"http", "https"} & (proxies := urllib.request.getproxies()).keys():
-            proxied = httpx.AsyncHTTPTransport(context, limits=limits, proxy=proxies[scheme])
-            self._proxied[scheme] = proxied
-
-    async def close(self) -> None:
-        for transport in {self._straight, self._pinned, *self._proxied.values()}:
-            await transport.aclose()
-
-    @contextlib.asynccontextmanager
-    async def open(
-        self,
-        request: HttpRequest,
-        url: httpx.URL,
-        headers: dict[str, str],
-        target: Target | None,
-        call: _Call,
-    ) -> AsyncIterator[httpx.Response]:
-        """The response to one request, its body unread."""
-        headers = httpx.Headers({"User-Agent": self._config.user_agent} | headers)
-        headers["Accept-Encoding"] = ENCODINGS
-        if target is not None:
-            url = httpx.URL(target.url)
-            headers["Connection"] = "close"
-            if url.raw_host.decode("ascii") != target.host:
-                raise HttpError("refused", "a host that can be read in two ways")
-        elif url.scheme not in ("http", "https") or not url.host:
-            raise HttpError("refused", f"only http and https, not {url.scheme[:20]!r}")
-        raw = httpx.Request(request.method, url, headers=headers, json=request.json)
-        raw.extensions = {"timeout": self._timeouts(call.left())}
-        if target is None:
-            response = await self._proxy(url).handle_async_request(raw)
-        else:
-            response = await self._pin(raw, target, call)
-        try:
-            yield response
-        finally:
-            with contextlib.suppress(Exception):
-                await response.aclose()
-
-    async def _pin(self, raw: httpx.Request, target: Target, call: _Call) -> httpx.Response:
-        """Connects to the addresses that were checked; Host header and TLS keep the name."""
-        name = target.host if target.host not in target.addresses else None
-        failed: Exception | None = None
-        for address in target.addresses[:MAX_ROUTES]:
-            host = f"[{address}]" if ":" in address else address
-            extensions = {"timeout": self._timeouts(call.left())}
-            if name is not None:
-                extensions["sni_hostname"] = name
-            there = httpx.Request(  # the Host header is among those that are taken over
-                raw.method, raw.url.copy_with(host=host), headers=raw.headers, stream=raw.stream
-            )
-            there.extensions = extensions
-            try:
-                return await self._pinned.handle_async_request(there)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                failed = error
-        raise failed
-
-    def _proxy(self, url: httpx.URL) -> httpx.AsyncBaseTransport:
-        proxied = self._proxied.get(url.scheme)
-        if proxied is None or url.host in LOOPBACK or urllib.request.proxy_bypass(url.host):
-            return self._straight
-        return proxied
-
-    def _timeouts(self, left: float) -> dict[str, float]:
-        connect, read = self._config.connect_timeout, self._config.read_timeout
-        return {"connect": min(connect, left), "read": read, "write": read, "pool": read}
-
-
-@functools.cache  # reading the authorities takes a tenth of a second
-def _tls(ca_file: str) -> ssl.SSLContext:
-    context = httpx.create_ssl_context()
-    if ca_file:
-        try:
-            context.load_verify_locations(cafile=ca_file)
-        except OSError as error:
-            raise ValueError(f"ca_file {ca_file} cannot be read: {error}") from error
-    return context
 
 
 def _redirected(request: HttpRequest, url: httpx.URL, response: httpx.Response) -> httpx.URL:

@@ -53,6 +53,11 @@ class Bucket:
         self._tokens, self._at = tokens - 1, now
         return wait
 
+    @property
+    def closed(self) -> bool:
+        """Is no token good now, whenever it was reserved?"""
+        return self._closed_until > self._clock()
+
     def give_back(self) -> None:
         """Returns a reserved token that nobody used."""
         self._tokens += 1
@@ -63,30 +68,42 @@ class Bucket:
 
 
 class Breaker:
-    """Circuit breaker: closed, open after failures in a row, half open for one probe."""
+    """Circuit breaker: closed, open after failures in a row, half open for one probe.
+
+    A try belongs to the state that it entered in: one that began before the circuit opened, or
+    before the probe, says nothing about it.
+    """
 
     def __init__(self, failures: int, seconds: float, clock: Callable[[], float]):
         self._allowed, self._seconds, self._clock = failures, seconds, clock
         self._failures = 0
         self._opened: float | None = None
         self._probing = False
+        self._state = 0  # counts openings and probes
 
-    def enter(self) -> None:
-        """Asks for a try, of which `record` must report the outcome.
+    def enter(self, token: int | None = None) -> int:
+        """Asks for a try -> the token with which `record` must report its outcome.
+
+        Args:
+            token: of a try that has waited since: is it still welcome?
 
         Raises:
             ToolError: "circuit_open".
         """
-        if self._opened is None:
-            return
+        if self._opened is None or token == self._state:
+            return self._state
         left = self._opened + self._seconds - self._clock()
         if left > 0 or self._probing:
             when = f"next try in {left:.1f} s" if left > 0 else "one probe is under way"
             raise ToolError("circuit_open", f"{self._failures} failures in a row, {when}")
         self._probing = True
+        self._state += 1
+        return self._state
 
-    def record(self, good: bool | None) -> None:
+    def record(self, token: int, good: bool | None) -> None:
         """How a try went; None: it was given up before one could know."""
+        if token != self._state:
+            return
         probe, self._probing = self._probing, False
         if good:
             self._failures, self._opened = 0, None
@@ -94,6 +111,7 @@ class Breaker:
             self._failures += 1
             if probe or self._failures >= self._allowed:
                 self._opened = self._clock()
+                self._state += 1
 
 
 class Gate:
@@ -133,11 +151,13 @@ class Gate:
             ToolError: "rate_limited" at once when the rate limit would outlast the deadline.
         """
         async with self._slots:
-            wait = self.bucket.take(left())
-            if wait > 0:
+            while (wait := self.bucket.take(left())) > 0:
                 try:
                     await self._sleep(wait)
                 except BaseException:
                     self.bucket.give_back()
                     raise
+                if not self.bucket.closed:
+                    break
+                self.bucket.give_back()  # it was closed meanwhile: wait for that too
             yield

@@ -7,7 +7,6 @@ chose go no further than the decoder.
 import dataclasses
 import functools
 import io
-import warnings
 
 from PIL import Image, ImageOps
 
@@ -48,26 +47,25 @@ def reencode(picture: bytes, limits: PictureLimits = PictureLimits()) -> bytes:
             "too_large", f"a picture of {len(picture)} bytes, {limits.max_bytes} allowed"
         )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of what the limits settle
-            image = Image.open(io.BytesIO(picture), formats=web_formats())
-            lossy = image.format in ("JPEG", "MPO", "WEBP", "AVIF")
-            width, height = image.size
-            if width * height > limits.max_pixels:
-                text = f"a picture of {width} x {height} pixels, {limits.max_pixels} allowed"
-                raise ToolError("too_large", text)
-            if max(width, height) > MAX_RATIO * min(width, height):
-                raise ToolError("bad_picture", f"{width} x {height} pixels are a line")
-            image.draft("RGB", (limits.max_side, limits.max_side))  # JPEG decodes small at once
-            image = _shown(image)
-            image.thumbnail((limits.max_side, limits.max_side), Image.Resampling.LANCZOS)
-            image.info.clear()  # comments and colour profiles would be written too
-            out = io.BytesIO()
-            if lossy:
-                image.save(out, "JPEG", quality=limits.quality)
-            else:
-                image.save(out, "PNG")
-            return out.getvalue()
+        # Pillow may warn of many pixels here; `catch_warnings` is not for threads, so it may.
+        image = Image.open(io.BytesIO(picture), formats=web_formats())
+        lossy = image.format in ("JPEG", "MPO", "WEBP", "AVIF")
+        width, height = image.size
+        if width * height > limits.max_pixels:
+            text = f"a picture of {width} x {height} pixels, {limits.max_pixels} allowed"
+            raise ToolError("too_large", text)
+        if max(width, height) > MAX_RATIO * min(width, height):
+            raise ToolError("bad_picture", f"{width} x {height} pixels are a line")
+        image.draft("RGB", (limits.max_side, limits.max_side))  # JPEG decodes small at once
+        image = _shown(image)
+        image.thumbnail((limits.max_side, limits.max_side), Image.Resampling.LANCZOS)
+        image.info.clear()  # comments and colour profiles would be written too
+        out = io.BytesIO()
+        if lossy:
+            image.save(out, "JPEG", quality=limits.quality)
+        else:
+            image.save(out, "PNG")
+        return out.getvalue()
     except ToolError:
         raise
     except Image.DecompressionBombError as error:

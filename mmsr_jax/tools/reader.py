@@ -1,12 +1,12 @@
 """Web page -> text: through Jina Reader, or with our own HTTP client and parsers."""
 
-import os
 import time
 
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.guard import Guard
 from mmsr_jax.tools.http import Http, HttpRequest
 from mmsr_jax.tools.pages import ACCEPT, Page, Reader, ReaderConfig, charset, page_kind
+from mmsr_jax.tools.providers import answers
 from mmsr_jax.tools.workers import Parsers
 
 
@@ -57,13 +57,19 @@ class JinaReader:
     """Jina Reader (https://github.com/jina-ai/reader): GET {jina_url}{page}, JSON answer.
 
     Request headers: Authorization (Bearer), Accept, X-Timeout, X-Retain-Images.
+
+    Raises:
+        ValueError: a `jina_url` or `jina_key_env` that is none.
     """
 
     provider = "jina_reader"
 
     def __init__(self, http: Http, config: ReaderConfig):
         self._http, self._config = http, config
-        self._key = os.environ.get(config.jina_key_env, "")
+        self._url = answers.base_url(config.jina_url, "Jina Reader") + "/"
+        self._key = ""
+        if config.jina_key_env:
+            self._key = answers.optional_key(config.jina_key_env, "Jina Reader")
         self._guard = Guard()  # Jina would not reach our machines, but need not hear of them
 
     async def read(self, url: str, deadline: float) -> Page:
@@ -80,7 +86,7 @@ class JinaReader:
             HttpRequest(
                 self.provider,
                 "GET",
-                self._config.jina_url + page,
+                self._url + page,
                 headers=headers,
                 deadline=deadline,
                 max_bytes=self._config.max_bytes,
@@ -109,7 +115,7 @@ def make_reader(http: Http, config: ReaderConfig) -> Reader:
     """The reader that a config names.
 
     Raises:
-        ValueError: "browser" without Playwright.
+        ValueError: "browser" without Playwright; as `JinaReader`.
     """
     if config.kind == "jina":
         return JinaReader(http, config)

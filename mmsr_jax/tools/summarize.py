@@ -1,7 +1,9 @@
 """Page -> a few sentences about a question: by a language model, or by picking its own."""
 
+import asyncio
+import concurrent.futures
 import dataclasses
-import os
+import functools
 import re
 from typing import Literal, Protocol
 
@@ -9,6 +11,7 @@ from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.http import Http, HttpRequest
 from mmsr_jax.tools.pages import Page
 from mmsr_jax.tools.passages import best
+from mmsr_jax.tools.providers import answers
 
 NOTHING = "NOTHING FOUND"
 
@@ -22,6 +25,13 @@ SYSTEM = (
 )
 USER = "Question: {question}\nSearch query: {query}\n\nPage title: {title}\nPage text:\n{text}"
 
+# What chat templates make turns, thoughts and tool calls of: Qwen, Llama, DeepSeek, Gemma, Mistral.
+_SPECIAL = re.compile(
+    r"<(?=[|｜]|/?(?:think|tool_call|tool_response|tools|s|bos|eos|pad|unk|start_of_turn|"
+    r"end_of_turn|start_of_image)>|</?SYS>>)|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|"
+    r"TOOL_CALLS|TOOL_RESULTS)\])",
+    re.IGNORECASE,
+)
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'”’)\]])\s+|(?<=[。！？])\s*")
 
@@ -45,6 +55,11 @@ class SummarizeConfig:
         for name in ("sentences", "max_chars", "max_page_chars", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        # Here and not later: the run's settings are written down.
+        if self.base_url:
+            answers.base_url(self.base_url, "the summarizer")
+        if self.key_env:
+            answers.variable(self.key_env, "the summarizer")
 
 
 class Summarizer(Protocol):
@@ -65,13 +80,28 @@ class ExtractSummarizer:
 
     async def summarize(self, question: str, query: str, page: Page, deadline: float) -> str:
         """Sentences of the page, in its order. ToolError: see `Summarizer`."""
-        text = page.text[: self._config.max_page_chars]
-        # The query was written to find such pages; the question often says "this" and "it".
-        found = best(text, query, self._config.sentences, self._config.max_chars)
-        found = found or best(text, question, self._config.sentences, self._config.max_chars)
+        pick = functools.partial(self._pick, page.text, query, question)
+        try:
+            async with asyncio.timeout(deadline):
+                found = await asyncio.get_running_loop().run_in_executor(_threads(), pick)
+        except TimeoutError:
+            raise ToolError("timeout", f"{deadline:g} s are over, picking sentences") from None
         if not found:
             raise ToolError("no_results", "the page has no word of the query")
         return " ".join(found)
+
+    def _pick(self, text: str, query: str, question: str) -> list[str]:
+        text = text[: self._config.max_page_chars]
+        # The query was written to find such pages; the question often says "this" and "it".
+        found = best(text, query, self._config.sentences, self._config.max_chars)
+        return found or best(text, question, self._config.sentences, self._config.max_chars)
+
+
+@functools.cache
+def _threads() -> concurrent.futures.Executor:
+    # A long page takes a tenth of a second, which is too long for the event loop. Two at a time:
+    # they only take turns at the interpreter.
+    return concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="summarize")
 
 
 class ChatSummarizer:
@@ -86,17 +116,16 @@ class ChatSummarizer:
     def __init__(self, http: Http, config: SummarizeConfig):
         if not config.base_url:
             raise ValueError("a chat summarizer needs base_url, e.g. http://localhost:8000/v1")
-        self._key = os.environ.get(config.key_env, "") if config.key_env else ""
-        if config.key_env and not self._key:
-            text = f"set the environment variable {config.key_env}"
-            raise ValueError(f"the summarizer's key is missing: {text}")
+        self._key = answers.key(config.key_env, "the summarizer") if config.key_env else ""
         self._http, self._config = http, config
 
     async def summarize(self, question: str, query: str, page: Page, deadline: float) -> str:
         """The model's sentences, clipped. ToolError: see `Summarizer`."""
         config = self._config
         text = page.text[: config.max_page_chars]
-        user = USER.format(question=question, query=query, title=page.title, text=text)
+        user = USER.format(
+            question=plain(question), query=plain(query), title=plain(page.title), text=plain(text)
+        )
         body: dict[str, object] = {
             "model": config.model,
             "messages": [
@@ -120,7 +149,8 @@ class ChatSummarizer:
             )
         )
         summary = clipped(spoken(_content(response.json())), config.sentences, config.max_chars)
-        if not summary or NOTHING in summary.upper():
+        first = _SENTENCE_END.split(summary)[0].strip(" .:!*\"'`")
+        if not summary or first.upper() == NOTHING:
             raise ToolError("no_results", "the page holds nothing useful")
         return summary
 
@@ -128,6 +158,15 @@ class ChatSummarizer:
 def make_summarizer(http: Http, config: SummarizeConfig) -> Summarizer:
     """The summarizer that a config names. ValueError as `ChatSummarizer`."""
     return ChatSummarizer(http, config) if config.kind == "chat" else ExtractSummarizer(config)
+
+
+def plain(text: str) -> str:
+    """A stranger's text in which nothing is a special token to a chat template any more.
+
+    Servers look for the spellings of special tokens in a message's text too, so a page could end
+    its turn and begin the system's. A space inside breaks them, and a reader can still read them.
+    """
+    return _SPECIAL.sub(lambda match: match[0] + " ", text)
 
 
 def spoken(content: str) -> str:

@@ -1,21 +1,26 @@
 """Publishing pictures: Google Lens wants a URL that it can fetch, a dataset has bytes."""
 
 import asyncio
+import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import hashlib
-import io
 import os
 import pathlib
 import tempfile
 import time
-from typing import Protocol
-from urllib.parse import urlsplit
-
-from PIL import Image
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from mmsr_jax.tools.base import ToolError
+from mmsr_jax.tools.pictures import PictureLimits, reencode
+from mmsr_jax.tools.providers import answers
 
-TYPES = {"JPEG": ("jpg", "image/jpeg"), "PNG": ("png", "image/png"), "WEBP": ("webp", "image/webp")}
+# What the world may see: pixels, no place and no camera. Lens looks at far smaller pictures.
+PUBLISHED = PictureLimits(max_bytes=32 << 20, max_side=2048)
+THREADS = 4  # pictures decoded or written at the same time; decoded ones are large
+PATIENCE = 10  # seconds of silence that GCS may keep; threads cannot be cancelled
 CLOUD = "pip install 'mmsr-jax[cloud]' brings it"
 
 
@@ -27,6 +32,10 @@ class UploadConfig:
     base_url: str = ""  # https://host/path
     bucket: str = ""  # gs://bucket/path or s3://bucket/path: URLs that are signed for a while
     signed_seconds: int = 3600  # how long a signed URL lives; a search takes seconds
+
+    def __post_init__(self):
+        if self.base_url:
+            answers.base_url(self.base_url, "upload.folder's web server")
 
 
 class Uploader(Protocol):
@@ -69,35 +78,35 @@ async def publish(uploader: Uploader, picture: bytes, deadline: float) -> tuple[
 
 
 def named(picture: bytes) -> tuple[str, str, bytes]:
-    """A name by content, the media type and the bytes to publish; other formats become PNG.
+    """A name by content, the media type and the bytes to publish: the picture encoded anew.
 
     Raises:
-      ToolError: "failed", the picture cannot be decoded.
+      ToolError: "too_large", or "bad_picture" for what cannot be decoded, see `reencode`.
     """
-    digest = hashlib.sha256(picture).hexdigest()
-    try:
-        with Image.open(io.BytesIO(picture)) as image:
-            if image.format not in TYPES:
-                out = io.BytesIO()
-                image.convert("RGB").save(out, "PNG")
-                return f"{digest}.png", "image/png", out.getvalue()
-            extension, media = TYPES[image.format]
-    except Exception as error:  # decoders of hostile bytes raise anything
-        raise ToolError("failed", f"the picture cannot be decoded: {error}") from error
-    return f"{digest}.{extension}", media, picture
+    data = reencode(picture, PUBLISHED)
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    return f"{hashlib.sha256(data).hexdigest()}.{kind.replace('e', '')}", f"image/{kind}", data
+
+
+@functools.cache
+def _threads() -> concurrent.futures.Executor:
+    # Its own: a bucket that hangs must not use up those of other work.
+    return concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="publish")
+
+
+async def _in_thread(work: Callable[[bytes], str], picture: bytes) -> str:
+    return await asyncio.get_running_loop().run_in_executor(_threads(), work, picture)
 
 
 class FolderUploader:
     """A folder that a web server shows to the world."""
 
-    def __init__(self, folder: str, base_url: str):
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"upload.base_url must be http(s)://host..., not {base_url!r}")
-        self._folder, self._base = pathlib.Path(folder), base_url.rstrip("/")
+    def __init__(self, folder: str, address: str):
+        self._folder = pathlib.Path(folder)
+        self._base = answers.base_url(address, "upload.folder's web server")
 
     async def publish(self, picture: bytes) -> str:
-        return await asyncio.to_thread(self._publish, picture)
+        return await _in_thread(self._publish, picture)
 
     def _publish(self, picture: bytes) -> str:
         name, _, data = named(picture)
@@ -106,10 +115,15 @@ class FolderUploader:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 number, temporary = tempfile.mkstemp(dir=self._folder, prefix=".")
-                with os.fdopen(number, "wb") as file:
-                    file.write(data)
-                os.chmod(temporary, 0o644)  # the web server is another user
-                os.replace(temporary, target)  # nobody sees half a picture
+                try:
+                    with os.fdopen(number, "wb") as file:
+                        file.write(data)
+                    os.chmod(temporary, 0o644)  # the web server is another user
+                    os.replace(temporary, target)  # nobody sees half a picture
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        os.unlink(temporary)
+                    raise
             except OSError as error:
                 raise ToolError("upload", f"cannot write there: {error.strerror}") from error
         return f"{self._base}/{name}"
@@ -127,14 +141,14 @@ class BucketUploader:
             raise ValueError(f"upload.bucket needs fsspec; {CLOUD}") from error
         protocol = bucket.partition("://")[0]
         try:
-            self._files, self._root = fsspec.core.url_to_fs(bucket)
+            self._files, self._root = fsspec.core.url_to_fs(bucket, **_patience(protocol))
         except ImportError as error:
             raise ValueError(f"{protocol}:// needs another package: {error}; {CLOUD}") from error
         self._seconds = seconds
         self._known: set[str] = set()  # what this process has written already
 
     async def publish(self, picture: bytes) -> str:
-        return await asyncio.to_thread(self._publish, picture)
+        return await _in_thread(self._publish, picture)
 
     def _publish(self, picture: bytes) -> str:
         name, media, data = named(picture)
@@ -154,3 +168,10 @@ class BucketUploader:
     def _takes_type(self) -> bool:
         protocol = self._files.protocol
         return "gs" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def _patience(protocol: str) -> dict[str, Any]:
+    """gcsfs waits for ever unless told otherwise; s3fs has 5 and 15 seconds by itself."""
+    if protocol in ("gs", "gcs"):
+        return {"requests_timeout": PATIENCE}
+    return {}

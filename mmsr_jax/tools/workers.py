@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import struct
 import sys
 
@@ -60,7 +61,7 @@ class Parsers:
 
         Raises:
             ToolError: "timeout"; "no_text"; "too_large" for memory; "bad_response" for a page that
-                cannot be read, or that kills its parser.
+                cannot be read, or that ends its parser; "failed" when somebody killed the parser.
         """
         job = {
             "kind": kind,
@@ -85,7 +86,10 @@ class Parsers:
         worker = self._idle.pop() if self._idle else await self._start()
         try:
             reply = await worker.ask(job, body)
-        except (OSError, asyncio.IncompleteReadError, ValueError):
+        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+            gone = not isinstance(error, ValueError)
+            if gone and await worker.ended() == -signal.SIGKILL:  # the kernel's, short of memory
+                raise ToolError("failed", "the parser was killed from outside") from None
             raise ToolError("bad_response", "the page ends its parser") from None
         else:
             if worker.jobs < MAX_JOBS:
@@ -134,6 +138,13 @@ class _Worker:
         if size > MAX_ANSWER:
             raise ValueError(f"an answer of {size} bytes")
         return json.loads(await self.process.stdout.readexactly(size))
+
+    async def ended(self) -> int | None:
+        """How the process ended, if it does so now: an exit status, or minus a signal."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                return await self.process.wait()
+        return None
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

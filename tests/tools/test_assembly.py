@@ -10,15 +10,21 @@ import pytest
 from fault_server import FaultServer, path, response
 from PIL import Image
 
-from mmsr_jax.tools.assembly import WebConfig, assemble
+from mmsr_jax.tools.assembly import LIMITS, WebConfig, assemble
 from mmsr_jax.tools.base import ToolError
+from mmsr_jax.tools.browser import BrowserReader
 from mmsr_jax.tools.budget import BudgetConfig
 from mmsr_jax.tools.fvqa_cache import FvqaImageSearch
 from mmsr_jax.tools.http import HttpConfig
+from mmsr_jax.tools.limits import Limits
+from mmsr_jax.tools.providers.jina import JinaSearchConfig
 from mmsr_jax.tools.providers.retriever import RetrieverConfig
 from mmsr_jax.tools.providers.searxng import SearxngConfig
+from mmsr_jax.tools.providers.serpapi import SerpApiConfig
 from mmsr_jax.tools.providers.serper import SerperConfig
+from mmsr_jax.tools.reader import LocalReader, ReaderConfig
 from mmsr_jax.tools.store import StoreConfig
+from mmsr_jax.tools.summarize import SummarizeConfig
 from mmsr_jax.tools.toolbox import Toolbox
 from mmsr_jax.tools.upload import UploadConfig
 from mmsr_jax.types import ResultItem, ToolCall
@@ -189,6 +195,51 @@ def test_pages_on_private_addresses_are_refused_unless_listed(tmp_path):
 
     heads = asyncio.run(main())
     assert not any(path(head).startswith("/page") for head in heads)
+
+
+def test_limits_for_one_provider_leave_the_others_as_they_are():
+    mine = {"serper": Limits(rate=3)}
+    limits = WebConfig(http=HttpConfig(limits=mine)).http.limits
+    assert limits == LIMITS | mine and limits["web"].rate == 500
+    assert {"browser", LocalReader.provider, BrowserReader.provider} <= limits.keys()
+    again = WebConfig(http=HttpConfig(limits=limits))
+    assert again == WebConfig(http=HttpConfig(limits=mine))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda url: WebConfig(reader=ReaderConfig(jina_url=url)), RetrieverConfig, SearxngConfig,
+        SerperConfig, SerpApiConfig, JinaSearchConfig,
+        lambda url: SummarizeConfig(base_url=url), lambda url: UploadConfig("folder", url),
+    ],
+)  # fmt: skip
+def test_no_address_in_the_settings_can_hold_a_key(make):
+    assert make("https://host.example/v1") is not None
+    for url in (
+        "https://me:s3cret@h.example",
+        "https://h.example/?token=s3cret",
+        "https://h#s3cret",
+    ):
+        with pytest.raises(ValueError, match="must hold no user or password") as raised:
+            make(url)
+        assert "s3cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda name: WebConfig(reader=ReaderConfig(jina_key_env=name)),
+        lambda name: SerperConfig(key_variable=name), lambda name: SerpApiConfig(key_variable=name),
+        lambda name: JinaSearchConfig(key_variable=name),
+        lambda name: SummarizeConfig(key_env=name),
+    ],
+)  # fmt: skip
+def test_a_key_in_the_place_of_its_variable_is_not_shown(make):
+    assert make("MY_KEY_2") is not None
+    with pytest.raises(ValueError, match="give a variable's name") as raised:
+        make("sk-s3cret")
+    assert "s3cret" not in str(raised.value)
 
 
 def test_only_what_is_wanted_needs_a_key(monkeypatch):

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from fault_server import FaultServer, always, header, path, response
 
+from mmsr_jax.tools import guard as guard_lib
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.guard import Guard, not_public
 from mmsr_jax.tools.http import Http, HttpConfig, HttpRequest
@@ -318,14 +319,38 @@ def test_the_allow_list_is_for_one_service():
 
 def test_entries_of_the_allow_list():
     guard = Guard(("Wiki.local:8080", "[fd00::1]:80", "10.0.0.7"))
-    for url in ("http://wiki.local:8080/", "http://[FD00::1]/", "http://10.0.0.7:9999/"):
+    for url in ("http://wiki.local:8080/", "http://[FD00::1]/", "https://10.0.0.7/"):
         assert guard.read(url).listed
-    for url in ("http://wiki.local/", "http://[fd00::1]:81/", "http://10.0.0.77/"):
+    for url in (
+        "http://10.0.0.7:9999/",
+        "http://wiki.local/",
+        "http://[fd00::1]:81/",
+        "http://10.0.0.77/",
+    ):
         with pytest.raises(ToolError, match="^refused"):
             guard.read(url)
     for entry in ("http://wiki.local", "wiki.local/x", "*.local", ""):
         with pytest.raises(ValueError, match="allow: .* is no host or host:port"):
             Guard((entry,))
+
+
+def test_an_entry_without_a_port_is_for_the_two_of_the_web():
+    guard = Guard(("wiki.local",))
+    for url in ("http://wiki.local/x", "https://wiki.local/", "http://wiki.local:443/"):
+        assert guard.read(url).listed
+    for url in ("http://wiki.local:8080/", "http://wiki.local:22/", "http://wiki.local:9200/"):
+        with pytest.raises(ToolError, match="^refused"):
+            guard.read(url)
+    assert Guard(("wiki.local:8080",)).read("http://wiki.local:8080/").listed
+
+
+def test_a_name_server_that_hangs_leaves_time_for_something_else(monkeypatch):
+    async def hang(host, port):
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(guard_lib, "RESOLVE_SECONDS", 0.05)
+    with pytest.raises(ToolError, match="^unreachable: no name server knows slow.example in time"):
+        asyncio.run(Guard(resolve=hang).check("http://slow.example/"))
 
 
 def test_redirects_leave_the_allow_list():

@@ -4,7 +4,9 @@ import asyncio
 import email.utils
 import math
 import random
+import sys
 import time
+import traceback
 
 import httpx
 import pytest
@@ -12,7 +14,7 @@ from fault_server import FaultServer, always
 
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.http import Http, HttpConfig, HttpRequest
-from mmsr_jax.tools.limits import Breaker, Bucket, Limits
+from mmsr_jax.tools.limits import Breaker, Bucket, Gate, Limits
 from mmsr_jax.tools.redact import redact, redact_bytes
 from mmsr_jax.tools.retry import Pauses, retry_after
 
@@ -66,26 +68,90 @@ def test_breaker_opens_probes_and_closes():
     clock = Clock()
     breaker = Breaker(failures=3, seconds=10, clock=clock)
     for good in (False, False, True, False, False):
-        breaker.enter()
-        breaker.record(good)
-    breaker.enter()  # never three in a row
-    breaker.record(False)
+        breaker.record(breaker.enter(), good)
+    breaker.record(breaker.enter(), False)  # never three in a row before
     with pytest.raises(ToolError, match="^circuit_open: 3 failures in a row, next try in 10.0 s"):
         breaker.enter()
     clock.now += 10
-    breaker.enter()
+    probe = breaker.enter()
     with pytest.raises(ToolError, match="one probe is under way"):
         breaker.enter()
-    breaker.record(False)
+    breaker.record(probe, False)
     with pytest.raises(ToolError, match="next try in 10.0 s"):
         breaker.enter()
     clock.now += 10
-    breaker.enter()
-    breaker.record(None)  # the probe's caller left: another one may probe
-    breaker.enter()
-    breaker.record(True)
+    breaker.record(breaker.enter(), None)  # the probe's caller left: another one may probe
+    breaker.record(breaker.enter(), True)
     breaker.enter()
     breaker.enter()
+
+
+def test_stragglers_say_nothing_about_a_circuit_that_has_opened_since():
+    clock = Clock()
+    breaker = Breaker(failures=1, seconds=10, clock=clock)
+    early = [breaker.enter() for _ in range(4)]
+    breaker.record(early[0], False)
+    breaker.record(early[1], True)  # from before: it does not close it
+    with pytest.raises(ToolError, match="circuit_open"):
+        breaker.enter()
+    clock.now += 10
+    probe = breaker.enter()
+    for token, good in zip(early[2:], (None, False), strict=True):
+        breaker.record(token, good)
+        with pytest.raises(ToolError, match="one probe is under way"):
+            breaker.enter()
+    assert breaker.enter(probe) == probe
+    with pytest.raises(ToolError, match="circuit_open"):
+        breaker.enter(early[3])  # it waited while the circuit opened
+    breaker.record(probe, True)
+    assert breaker.enter(early[3]) == breaker.enter()
+
+
+def test_who_waited_while_the_circuit_opened_is_not_sent():
+    sent = []
+
+    async def handler(request):
+        sent.append(request)
+        await asyncio.sleep(0.02)
+        return httpx.Response(500)
+
+    limits = Limits(concurrency=1, breaker_failures=2, rate=1000, burst=1000)
+    config = HttpConfig(retries=0, default_limits=limits)
+    http = Http(config, transport=httpx.MockTransport(handler))
+
+    async def run():
+        calls = [http.send(HttpRequest("a", "GET", "http://a/")) for _ in range(6)]
+        kinds = [error.kind for error in await asyncio.gather(*calls, return_exceptions=True)]
+        assert kinds == ["server_error"] * 2 + ["circuit_open"] * 4 and len(sent) == 2
+
+    asyncio.run(run())
+
+
+def test_a_provider_that_says_wait_holds_those_who_wait_already():
+    clock = Clock()
+    gate = Gate(Limits(rate=1, burst=1), clock, None)
+    slept = []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+        clock.now += seconds
+        if len(slept) == 1:
+            gate.bucket.close(30)  # the answer of another call came in the meantime
+
+    gate._sleep = sleep
+
+    async def run():
+        async with gate.admitted(lambda: 100):
+            pass
+        async with gate.admitted(lambda: 100):
+            assert slept == [1, 30] and not gate.bucket.closed
+        async with gate.admitted(lambda: 100):
+            slept.clear()
+        with pytest.raises(ToolError, match="^rate_limited: the next request may go in 30"):
+            async with gate.admitted(lambda: 20):
+                raise AssertionError("it must not be let in")
+
+    asyncio.run(run())
 
 
 def test_a_broken_provider_is_left_alone_and_others_are_not():
@@ -294,3 +360,44 @@ def test_proxies_are_for_providers_only(monkeypatch):
             assert len(proxy.heads) == 1
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "all_proxy", "ALL_PROXY"])
+def test_a_proxy_may_be_written_without_its_scheme(monkeypatch, name):
+    async def run():
+        async with FaultServer(always(body=b"[]")) as proxy:
+            monkeypatch.setenv(name, f"127.0.0.1:{proxy.port}")
+            async with Http(HttpConfig(retries=0)) as http:
+                await http.send(HttpRequest("p", "GET", "http://provider.example/"))
+            assert proxy.heads[0].startswith("GET http://provider.example/ HTTP/1.1")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("address", ["ftp://me:s3cret@p.example", "me:s3cret@p.example:port"])
+def test_a_proxy_that_is_none_is_named_without_its_password(monkeypatch, address):
+    monkeypatch.setenv("https_proxy", address)
+    with pytest.raises(ValueError, match="the https proxy of the environment is none") as raised:
+        Http(HttpConfig())
+    shown = "".join(traceback.format_exception(raised.value))
+    assert "s3cret" not in shown
+
+
+def test_a_socks_proxy_needs_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("all_proxy", "socks5://p.example:1080")
+    with pytest.raises(ValueError, match=r"proxy speaks socks5: pip install 'httpx\[socks\]'"):
+        Http(HttpConfig())
+
+
+def test_no_key_is_in_what_a_request_or_an_answer_shows():
+    key = "sk-s3cret-0123456789"
+    request = HttpRequest(
+        "p", "GET", f"http://a.example/?q={key}", {"api_key": key}, {"X-Key": key}, {"key": key},
+        secrets=(key,),
+    )  # fmt: skip
+    transport = httpx.MockTransport(lambda r: httpx.Response(200, content=r.url.query))
+    answer = asyncio.run(Http(HttpConfig(), transport=transport).send(request))
+    assert key.encode() in answer.body
+    assert key not in repr(request) + repr(answer) + answer.url
+    assert answer.url.startswith("http://a.example/")

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -128,6 +129,17 @@ def test_the_rest_has_a_name(data, text):
 def test_no_decoder_that_starts_programs():
     assert {"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"} <= set(web_formats())
     assert not {"EPS", "PPM", "ICO", "FITS", "WMF"} & set(web_formats())
+
+
+def test_no_filter_of_warnings_is_touched(monkeypatch):
+    """`catch_warnings` in several threads leaves the process with one of their filters."""
+
+    def never(*_, **__):
+        raise AssertionError("threads share the filters")
+
+    monkeypatch.setattr(warnings, "catch_warnings", never)
+    monkeypatch.setattr(warnings, "simplefilter", never)
+    assert opened(reencode(encoded(stripes(), "PNG"))).size == (300, 200)
 
 
 def test_limits_that_are_none():

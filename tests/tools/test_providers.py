@@ -20,7 +20,7 @@ from mmsr_jax.tools.providers import answers
 from mmsr_jax.tools.providers.jina import JinaSearchConfig, JinaText
 from mmsr_jax.tools.providers.retriever import RetrieverConfig, RetrieverImages, RetrieverText
 from mmsr_jax.tools.providers.searxng import SearxngConfig, SearxngText
-from mmsr_jax.tools.providers.serpapi import SerpApiConfig, SerpApiLens, SerpApiText
+from mmsr_jax.tools.providers.serpapi import SerpApiConfig, SerpApiLens, SerpApiText, lens_hits
 from mmsr_jax.tools.providers.serper import SerperConfig, SerperLens, SerperText
 
 KEY = "sk-very-secret-0123456789"
@@ -354,12 +354,46 @@ def test_a_good_answer_after_two_faults():
 
 
 @pytest.mark.parametrize(
-    "url", ["", "ftp://x", "https://", "serper.dev", "https://me:secret@host/", "file:///x"]
+    "url",
+    [
+        "",
+        "ftp://x",
+        "https://",
+        "serper.dev",
+        "https://me:secret@host/",
+        "file:///x",
+        "https://host/?token=secret",
+        "https://host/#secret",
+        "me:secret@host",
+        "http://[::1",
+    ],
 )
 def test_addresses_that_are_none_or_hold_a_password_are_refused(url):
     with pytest.raises(ValueError, match="the address of S") as raised:
         answers.base_url(url, "S")
     assert "secret" not in str(raised.value)
+
+
+def test_two_retrievers_without_a_name_do_not_share_their_answers():
+    def identity(url, index=""):
+        return RetrieverText(RetrieverConfig(url, index), None).identity
+
+    assert identity("http://a.example") != identity("http://b.example")
+    assert identity("http://a.example/") == identity("http://a.example")
+    assert identity("http://a.example", "v1") == identity("http://b.example", "v1")
+    assert identity("http://a.example", "v1") != identity("http://a.example", "v2")
+
+
+def test_a_thumbnail_in_the_answer_comes_whole_or_not_at_all():
+    data = "data:image/png;base64," + "A" * 40_000
+    entry = {"thumbnail": data, "image": "https://i.example/1.png"}
+    assert answers.address(entry, "thumbnail", "image") == data
+    entry["thumbnail"] = "data:image/png;base64," + "A" * answers.MAX_INLINE
+    assert answers.address(entry, "thumbnail", "image") == "https://i.example/1.png"
+    found = {"organic": [{"title": "t", "link": "https://" + "x" * 5000, "thumbnailUrl": data}]}
+    (hit,) = lens_hits(found, "organic", "Serper")
+    assert hit.thumbnail == data and hit.link == ""
+    assert answers.links([{"link": "https://" + "x" * 5000}], "title", "link", "text") == []
 
 
 def test_a_missing_key_names_its_variable(monkeypatch):

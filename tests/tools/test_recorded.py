@@ -264,22 +264,6 @@ def test_processes_of_one_run_share_its_money(tmp_path):
     assert one.spent == pytest.approx(0.9) and (one.calls, other.calls) == (2, 1)
 
 
-@pytest.mark.parametrize(
-    ("kind", "billed"),
-    [("unauthorized", 0), ("quota", 0), ("rate_limited", 0), ("server_error", 0),
-     ("unreachable", 0), ("timeout", 0.3), ("bad_response", 0.3)],
-)  # fmt: skip
-def test_what_may_have_been_billed_counts(kind, billed):
-    budget = Budget()
-
-    async def main():
-        with pytest.raises(ToolError, match=kind):
-            await Recorder(budget=budget).ask(ASKED, Service(ToolError(kind)), 0.3)
-
-    asyncio.run(main())
-    assert budget.spent == billed and budget._held == 0
-
-
 def test_the_price_is_what_the_service_said_it_was():
     budget = Budget(1.0)
     asyncio.run(Recorder(budget=budget).ask(ASKED, Service(Found(HITS, cost=0.1)), 0.9))

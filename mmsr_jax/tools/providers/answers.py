@@ -1,44 +1,74 @@
 """Reading what a service answered, whatever it really is."""
 
 import os
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.hits import Hit
 from mmsr_jax.tools.http import HttpError, HttpResponse
+from mmsr_jax.tools.redact import redact
 
 MAX_TEXT = 20_000  # characters of one field
+MAX_URL = 4096
+MAX_INLINE = 4 << 20  # of a `data:` URL, which is a whole thumbnail
+
+_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
-def key(variable: str, service: str) -> str:
+def variable(name: str, service: str) -> str:
+    """The name of an environment variable.
+
+    Raises:
+      ValueError: no such name can be; it is not shown, for it may be the key itself.
+    """
+    if not _VARIABLE.fullmatch(name):
+        raise ValueError(
+            f"the key of {service} is looked for in the environment: give a variable's name "
+            "(letters, digits, _), never the key itself"
+        )
+    return name
+
+
+def key(name: str, service: str) -> str:
     """A service's key, from the environment.
 
     Raises:
-      ValueError: it is not set.
+      ValueError: it is not set, or `name` is no variable's name.
     """
-    value = os.environ.get(variable, "").strip()
+    value = optional_key(name, service)
     if not value:
         raise ValueError(
-            f"the key of {service} is missing: put it into the environment variable {variable}"
+            f"the key of {service} is missing: put it into the environment variable {name}"
         )
     return value
+
+
+def optional_key(name: str, service: str) -> str:
+    """The same for a service that answers without a key too; "" when it is not set."""
+    return os.environ.get(variable(name, service), "").strip()
 
 
 def base_url(url: str, service: str) -> str:
     """A service's address without a trailing slash.
 
     Raises:
-      ValueError: not http(s), no host, or a password in it, which would end up in the store.
+      ValueError: not http(s), no host, or a password or a query in it, which may be a key and
+        would end up in the store and the run's folder.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"the address of {service} must be http(s)://host..., not {url!r}")
-    if parts.username or parts.password:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname
+    except ValueError:  # a broken IPv6 address or port
+        good = False
+    if "@" in url or "?" in url or "#" in url:
         raise ValueError(
-            f"the address of {service} must hold no user or password: keys come from the "
-            "environment"
+            f"the address of {service} must hold no user or password, and nothing after ? or #: "
+            "keys come from the environment"
         )
+    if not good:
+        raise ValueError(f"the address of {service} must be http(s)://host..., not {redact(url)!r}")
     return url.rstrip("/")
 
 
@@ -75,11 +105,21 @@ def text(entry: dict[str, Any], *names: str) -> str:
     return ""
 
 
+def address(entry: dict[str, Any], *names: str) -> str:
+    """The first of these fields that holds a URL, else "". Never cut: half a URL is none."""
+    for name in names:
+        value = entry.get(name)
+        value = value.strip() if isinstance(value, str) else ""
+        if 0 < len(value) <= (MAX_INLINE if value.startswith("data:") else MAX_URL):
+            return value
+    return ""
+
+
 def links(found: list[dict[str, Any]], title: str, link: str, snippet: str) -> list[Hit]:
     """Hits with an http(s) link, each link once, in order."""
     hits: dict[str, Hit] = {}
     for entry in found:
-        url = text(entry, link)
+        url = address(entry, link)
         if url.startswith(("http://", "https://")):
             hits.setdefault(url, Hit(text(entry, title) or url, url, text(entry, snippet)))
     return list(hits.values())

@@ -29,6 +29,10 @@ class JinaSearchConfig:
     # US dollars a search: 10,000 tokens each at 0.05 a million (jina.ai/reader); put your plan's.
     price: float = 0.0005
 
+    def __post_init__(self):
+        answers.base_url(self.url, "Jina Search")
+        answers.variable(self.key_variable, "Jina Search")
+
 
 class JinaText:
     """Jina Search."""

@@ -28,8 +28,11 @@ class RetrieverConfig:
     """Where a retriever is asked; `mmsr search serve` is one."""
 
     url: str = "http://127.0.0.1:8000"
-    index: str = ""  # name or version of its index: part of what the store knows a call by
+    index: str = ""  # name or version of its index: what the store knows a call by; empty: by url
     price: float = 0.0  # US dollars a call; it is your own machine
+
+    def __post_init__(self):
+        answers.base_url(self.url, "the retriever")
 
 
 class _Retriever:
@@ -43,8 +46,9 @@ class _Retriever:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        # Not the address: the same index may be served elsewhere tomorrow.
-        return {"engine": "retriever", "index": self._index}
+        # With a name not the address: the same index may be served elsewhere tomorrow.
+        where = {} if self._index else {"url": self._url}
+        return {"engine": "retriever", "index": self._index, **where}
 
     async def _post(self, path: str, content: object, deadline: float) -> list[Any]:
         request = HttpRequest(NAME, "POST", f"{self._url}{path}", json=content, deadline=deadline)
@@ -83,7 +87,7 @@ class RetrieverImages(_Retriever):
                 shown = base64.b64decode(thumbnail, validate=True) if thumbnail else None
             except (binascii.Error, TypeError, ValueError):
                 raise ToolError("bad_response", "a thumbnail is not base64") from None
-            hits.append(Hit(title, answers.text(entry, "link", "url"), picture=shown))
+            hits.append(Hit(title, answers.address(entry, "link", "url"), picture=shown))
         return Found(tuple(hits[:count]), self.price, provider=NAME)
 
 
@@ -93,7 +97,7 @@ def _passage(entry: Any) -> Hit | None:
     document = entry.get("document", entry)
     if not isinstance(document, dict):
         return None
-    title, link = answers.text(document, "title"), answers.text(document, "link", "url")
+    title, link = answers.text(document, "title"), answers.address(document, "link", "url")
     body = answers.text(document, "text")
     first, _, rest = answers.text(document, "contents").partition("\n")
     if not body:

@@ -27,6 +27,9 @@ class SearxngConfig:
     safesearch: int = 0
     price: float = 0.0  # US dollars a search; it is your own machine
 
+    def __post_init__(self):
+        answers.base_url(self.url, "SearXNG")
+
 
 class SearxngText:
     """A SearXNG instance."""

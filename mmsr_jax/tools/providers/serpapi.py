@@ -31,6 +31,10 @@ class SerpApiConfig:
     # US dollars a search: 75 a month for 5,000 (serpapi.com/pricing); put your plan's price here.
     price: float = 0.015
 
+    def __post_init__(self):
+        answers.base_url(self.url, "SerpApi")
+        answers.variable(self.key_variable, "SerpApi")
+
 
 class _SerpApi:
     name = NAME
@@ -104,8 +108,8 @@ class SerpApiLens(_SerpApi):
 def lens_hits(answer: dict[str, Any], name: str, service: str) -> list[Hit]:
     """Matches with a title and a picture to show; SerpApi's and Serper's names of the fields."""
     return [
-        Hit(title, answers.text(entry, "link"), thumbnail=thumbnail)
+        Hit(title, answers.address(entry, "link"), thumbnail=thumbnail)
         for entry in answers.entries(answer, name, service)
         if (title := answers.text(entry, "title"))
-        and (thumbnail := answers.text(entry, "thumbnail", "thumbnailUrl", "image", "imageUrl"))
+        and (thumbnail := answers.address(entry, "thumbnail", "thumbnailUrl", "image", "imageUrl"))
     ]

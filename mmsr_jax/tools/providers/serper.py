@@ -31,6 +31,10 @@ class SerperConfig:
     price: float = 0.001
     lens_credits: int = 3  # set aside for a Lens search; the answer says what it really took
 
+    def __post_init__(self):
+        answers.base_url(self.url, "Serper")
+        answers.variable(self.key_variable, "Serper")
+
 
 class _Serper:
     name = NAME
