@@ -69,15 +69,15 @@ def experiment(small, url, store, mode="cache", money=0.0) -> Experiment:
 
 def play(given, workdir):
     """Runs it; -> all trajectories of GRPO, in order."""
-    seen, rollout = [], grpo.rollout
+    seen, sample = [], grpo._Sampler.sample
 
-    def watched(*args, **kwargs):
-        groups, timings = rollout(*args, **kwargs)
+    def watched(sampler, number):
+        groups, measured = sample(sampler, number)
         seen.extend(t for group in groups for t in group)
-        return groups, timings
+        return groups, measured
 
     with pytest.MonkeyPatch.context() as patch, RunLog(workdir) as log:
-        patch.setattr(grpo, "rollout", watched)
+        patch.setattr(grpo._Sampler, "sample", watched)
         loop.run(given, workdir, log)
     return seen
 
