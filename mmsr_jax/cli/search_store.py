@@ -41,7 +41,7 @@ def run(given) -> None:
     if bool(given.fvqa) != bool(given.questions):
         raise UsageError("--fvqa and --questions belong together: the cache, and whose it is")
     makes = bool(given.read or given.fvqa)
-    store = Store(given.path, create=makes)
+    store = Store(given.path, write=makes)
     try:
         done = _work(given, store)
         summary = store.summary()

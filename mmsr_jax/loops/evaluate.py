@@ -10,6 +10,7 @@ from mmsr_jax.evaluation import metrics, policies
 from mmsr_jax.evaluation.metrics import Scored
 from mmsr_jax.experiment import Experiment
 from mmsr_jax.logs import RunLog
+from mmsr_jax.loops.stopping import check_search, check_search_between
 from mmsr_jax.report.record import trajectory_record
 from mmsr_jax.report.table import evaluation_table
 from mmsr_jax.rewards.score import score
@@ -114,12 +115,17 @@ def _play(job: Job, log: RunLog, title: str, temperature: float, samples: int, f
     # Evaluation has its own random streams, the same for every policy: comparisons are paired.
     asks = [Ask(example, samples, visit=-1, forced=forced) for example in examples]
     bad = []
+
+    def done(steps: int) -> None:
+        check_search_between(job)  # now: every question more would be answered without results
+        bar.advance(steps=steps)
+
     with log.progress(len(asks) * samples, title) as bar:
         groups, _ = rollout(
             job.engine, job.toolbox, asks, job.setting, seed=e.seed, temperature=temperature,
-            done=lambda n: bar.advance(steps=n), skipped=lambda ask, error: bad.append(error),
+            done=done, skipped=lambda ask, error: bad.append(error),
         )  # fmt: skip
-    job.search.check()
+    check_search(job)
     job.skipped += len(bad)
     return [
         Scored(t, score(list(t.responses), list(t.example.answers), e.reward))

@@ -7,6 +7,7 @@ from mmsr_jax.agent.supply import Drawn, Supply
 from mmsr_jax.build import Job
 from mmsr_jax.evaluation.metrics import Scored, training
 from mmsr_jax.logs import RunLog
+from mmsr_jax.loops.stopping import check_search
 from mmsr_jax.parallel import compiles
 from mmsr_jax.report.record import trajectory_record
 from mmsr_jax.rewards.score import score
@@ -59,7 +60,7 @@ def run(job: Job, log: RunLog, params):
                 before = sampler.meta(number)
                 groups, sampled = sampler.sample(number)
                 try:
-                    job.search.check()
+                    check_search(job)
                 except SearchStopped:  # this step's answers are incomplete: it is to be done again
                     if number > first and checkpoints.latest != number:
                         checkpoints.save(number, state, before)

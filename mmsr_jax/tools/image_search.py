@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import binascii
+import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,6 +19,9 @@ from mmsr_jax.tools.local import LocalImageIndex
 from mmsr_jax.tools.recorded import Recorder, Request
 from mmsr_jax.types import ResultItem, ToolCall
 
+PICTURED = frozenset({"retriever"})  # providers whose matches come with pictures, to be cleaned
+DECODERS = 4  # pictures decoded at the same time, by all tools of a kind: each may take 300 MB
+
 
 class LocalImageSearch:
     """Finds the entries of an index that look most like the user's picture."""
@@ -28,10 +33,13 @@ class LocalImageSearch:
             raise ValueError(f"topk must be at least 1, not {topk}")
         self._index = index
         self._topk = topk
+        self._decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, "image-search")
 
     async def run(self, call: ToolCall) -> tuple[ResultItem, ...]:
         """Ranked titles and thumbnails. ToolError "failed" for an undecodable picture."""
-        entries = await asyncio.to_thread(self._index.search, call.image, self._topk)
+        entries = await asyncio.get_running_loop().run_in_executor(
+            self._decoders, self._index.search, call.image, self._topk
+        )
         return tuple(
             ResultItem(entry.title, entry.link, thumbnail=entry.thumbnail) for entry in entries
         )
@@ -43,7 +51,8 @@ class WebImageSearch:
     Args:
       fetch: (URL, seconds) -> the bytes behind it, from public addresses only; or ToolError.
       clean: hostile bytes -> a decoded and re-encoded picture, or ToolError; may take a while,
-        so it runs in a thread.
+        so it runs in a thread. The settings that a `functools.partial` binds to it are part of
+        what the answers depend on.
       results: titles with thumbnails wanted.
       candidates: matches to try at the most.
       deadline: seconds for everything; what is done by then is the result.
@@ -70,9 +79,12 @@ class WebImageSearch:
         self._provider, self._fetch, self._clean = provider, fetch, clean
         self._recorder = recorder
         self._results, self._candidates, self._deadline = results, candidates, deadline
+        self._decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, "thumbnails")
         self.provider = provider.name
+        self._pictures = _bound(clean)
         self.identity: Mapping[str, Any] = {
             "provider": dict(provider.identity),
+            "pictures": self._pictures,
             "results": results,
             "candidates": candidates,
         }
@@ -84,10 +96,10 @@ class WebImageSearch:
         return tuple(hit.item() for hit in found.hits)
 
     async def find(self, call: ToolCall) -> Found:
-        """Titles and thumbnails; none when the provider knows no match.
+        """Titles and thumbnails; none when the provider knows no match, or none with a thumbnail.
 
         Raises:
-          ToolError: the provider's, "budget", or "unread" when no thumbnail could be had.
+          ToolError: the provider's, "budget", or "unread" when thumbnails failed for the moment.
         """
         until = time.monotonic() + self._deadline
         matches = await self._matches(call.image)
@@ -100,7 +112,7 @@ class WebImageSearch:
             return dataclasses.replace(hit, picture=await self._cleaned(data))
 
         tried = await first_good(matches.hits, show, self._results, until - time.monotonic())
-        if matches.hits and not tried.good:
+        if matches.hits and not tried.good and not tried.complete:
             first = str(tried.errors[0]) if tried.errors else "timeout"
             raise ToolError("unread", f"none of {len(matches.hits)} thumbnails: {first}"[:200])
         return Found(
@@ -109,15 +121,14 @@ class WebImageSearch:
 
     async def _matches(self, picture: bytes) -> Found:
         provider = self._provider
-        request = Request(
-            "lens",
-            provider.name,
-            {
-                "identity": dict(provider.identity),
-                "image": hashlib.sha256(picture).hexdigest(),
-                "count": self._candidates,
-            },
-        )
+        content = {
+            "identity": dict(provider.identity),
+            "image": hashlib.sha256(picture).hexdigest(),
+            "count": self._candidates,
+        }
+        if provider.name in PICTURED:
+            content["pictures"] = self._pictures
+        request = Request("lens", provider.name, content)
 
         async def live() -> Found:
             found = await provider.search(picture, self._candidates, self._deadline)
@@ -131,7 +142,18 @@ class WebImageSearch:
         return await self._recorder.ask(request, live, provider.price)
 
     async def _cleaned(self, data: bytes) -> bytes:
-        return await asyncio.to_thread(self._clean, data)
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, self._clean, data)
+
+
+def _bound(function: Callable) -> dict[str, Any]:
+    """The settings records bound to a `functools.partial`, by argument, as JSON values."""
+    if not isinstance(function, functools.partial):
+        return {}
+    return {
+        name: dataclasses.asdict(value)
+        for name, value in function.keywords.items()
+        if dataclasses.is_dataclass(value)
+    }
 
 
 def inline(url: str) -> bytes | None:

@@ -95,7 +95,8 @@ class PictureEntry(NamedTuple):
 # What people put on web pages; some of Pillow's other decoders start programs.
 # (MPO comes under JPEG's name: a name that Pillow does not know would end the search.)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")
-MAX_PIXELS = 89_000_000  # decoded, 356 MB as RGBA
+MAX_PIXELS = 89_000_000  # decoded, of a picture that is indexed: up to 1 GB while it is read
+QUERY_PIXELS = 16_000_000  # of one that is searched with, by many at a time: up to 200 MB
 
 GRID = (12, 8)  # colour grid, columns x rows
 HASH = (9, 9)  # grey grid whose neighbours are compared
@@ -109,12 +110,27 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def load(picture: bytes) -> Image.Image:
-    """Decodes a picture to RGB on white. ToolError("failed") when it cannot be decoded."""
+def load(picture: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes a picture to RGB on white.
+
+    A JPEG above `max_pixels` is decoded at 1/2, 1/4 or 1/8 of its sides, which takes no more
+    memory than its result.
+
+    Raises:
+      ToolError: "failed" when it cannot be decoded, or has more pixels than allowed.
+    """
     try:
         image = Image.open(io.BytesIO(picture), formats=_formats())
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS}")
+        width, height = image.size
+        if image.format == "JPEG" and width * height > max_pixels:  # `draft` works once
+            scales = [n for n in (2, 4, 8) if -(-width // n) * -(-height // n) <= max_pixels]
+            scale = scales[0] if scales else 8
+            image.draft("RGB", (width // scale, height // scale))
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"{width} x {height} pixels, at most {max_pixels}")
+        if image.mode == "RGB" and "transparency" not in image.info:
+            image.load()
+            return image.copy()  # plain: no file of its own, no format
         image = image.convert("RGBA")
     except Exception as error:  # decoders of hostile bytes raise anything
         raise ToolError("failed", f"the picture cannot be decoded: {error}") from error
@@ -181,6 +197,6 @@ class LocalImageIndex:
         return list(self._scored(picture, topk))
 
     def _scored(self, picture: bytes, topk: int) -> tuple[tuple[PictureEntry, float], ...]:
-        scores = self._vectors @ features(load(picture))
+        scores = self._vectors @ features(load(picture, QUERY_PIXELS))
         best = np.argsort(-scores, kind="stable")[:topk]
         return tuple((self._entries[i], float(scores[i])) for i in best)

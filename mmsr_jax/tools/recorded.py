@@ -5,6 +5,8 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import logging
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
@@ -15,12 +17,15 @@ from mmsr_jax.tools.hits import Finder, Found, Hit
 from mmsr_jax.tools.store import Record, Store
 from mmsr_jax.types import ResultItem, ToolCall
 
+log = logging.getLogger(__name__)
+
 Live = Callable[[], Awaitable[Found]]
 
 # A provider that says so often in a row that our key or our account is no good means it. (A page
 # that refuses us is nothing of the kind.)
 REFUSALS = 20
 REFUSING = frozenset({"unauthorized", "quota"})
+MISSES = 20  # of a replay that has found nothing yet: the store is of another run
 PROVIDERS = frozenset({"links", "lens"})  # kinds of requests that go to providers
 
 
@@ -103,7 +108,8 @@ class Recorder:
         self._disk = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="search-store")
         self._refusals: dict[str, int] = {}  # in a row, by provider
         self._refused = ""  # why there is no use in going on
-        self._counters = dict.fromkeys(("live", "from_store", "joined", "recorded", "failed"), 0)
+        names = ("live", "from_store", "joined", "recorded", "unrecorded", "failed", "missed")
+        self._counters = dict.fromkeys(names, 0)
 
     async def ask(
         self, request: Request, live: Live, price: float = 0.0, whole: bool = False
@@ -111,6 +117,8 @@ class Recorder:
         """The answer to `request`, from the store or by `live`.
 
         A call in flight outlives the caller that gave up on it: it is paid for, so it is recorded.
+        Who joined a call that ran out of its own caller's time asks once more, in the time it has
+        itself. An answer that the store cannot take (a full disk) is an answer all the same.
 
         Args:
           price: US dollars that `live` costs itself, apart from what it asks this recorder for.
@@ -120,18 +128,48 @@ class Recorder:
           ToolError: "not_recorded" in mode `replay`, "budget", or what `live` raises.
         """
         key = request.key
-        flight = self._flights.get(key)
-        joined = flight is not None
-        if flight is None:
-            flight = asyncio.get_running_loop().create_task(
-                self._fly(key, request, live, price, whole)
-            )
-            self._flights[key] = flight
-            flight.add_done_callback(lambda task: self._land(key, task))
-        else:
-            self._counters["joined"] += 1
-        found = await asyncio.shield(flight)
-        return dataclasses.replace(found, paid=0.0, source="joined") if joined else found
+        if (flight := self._flights.get(key)) is not None:
+            try:
+                return await self._join(flight)
+            except ToolError as error:
+                if error.kind != "timeout":
+                    raise
+            if (flight := self._flights.get(key)) is not None:  # another one was faster
+                return await self._join(flight)
+        flight = asyncio.get_running_loop().create_task(self._fly(key, request, live, price, whole))
+        self._flights[key] = flight
+        flight.add_done_callback(lambda task: self._land(key, task))
+        return await asyncio.shield(flight)
+
+    async def _join(self, flight: "asyncio.Task[Found]") -> Found:
+        self._counters["joined"] += 1
+        return dataclasses.replace(await asyncio.shield(flight), paid=0.0, source="joined")
+
+    async def recall(self, request: Request) -> Found:
+        """What is recorded, of any age and in every mode: for what can be asked of nobody.
+
+        Raises:
+          ToolError: "not_recorded".
+        """
+        record = None
+        if self.store is not None:
+            record = await self._on_disk(self.store.get, request.key, 0.0, True)
+        if record is None:
+            raise self._missed(request)
+        self._counters["from_store"] += 1
+        return read(record)
+
+    def _missed(self, request: Request) -> ToolError:
+        """Counts a request that nobody may be asked for, and says so now and then."""
+        self._counters["missed"] += 1
+        missed = self._counters["missed"]
+        if missed == 10 ** (len(str(missed)) - 1):  # 1, 10, 100, ...
+            log.warning(
+                "not recorded: %d requests, and %d were; the model reads an error instead of "
+                "results (the last one: %s by %s)",
+                missed, self._counters["from_store"], request.kind, request.provider,
+            )  # fmt: skip
+        return ToolError("not_recorded", f"{request.kind} by {request.provider}")
 
     def _land(self, key: str, task: "asyncio.Task[Found]") -> None:
         if self._flights.get(key) is task:
@@ -147,7 +185,7 @@ class Recorder:
                 self._counters["from_store"] += 1
                 return found
             if self.mode == "replay":
-                raise ToolError("not_recorded", f"{request.kind} by {request.provider}")
+                raise self._missed(request)
         began = time.monotonic()
         self._counters["live"] += not whole
         try:
@@ -170,9 +208,16 @@ class Recorder:
                 key, request.kind, request.provider, request.text, response, found.seconds,
                 found.cost, own, time.time(), found.complete, pictures,
             )  # fmt: skip
-            await self._on_disk(self.store.put, record)
-            self._counters["recorded"] += 1
+            await self._keep(record)
         return found
+
+    async def _keep(self, record: Record) -> None:
+        try:
+            kept = await self._on_disk(self.store.put, record)
+        except sqlite3.Error as error:
+            kept = False
+            log.warning("an answer of %s is not recorded: %s", record.provider, error)
+        self._counters["recorded" if kept else "unrecorded"] += 1
 
     def _judge(self, request: Request, error: Exception | None) -> None:
         """Counts refusals of a provider, until it answers."""
@@ -186,8 +231,17 @@ class Recorder:
                 self._refused = f"{request.provider} has refused {count} calls in a row ({error})"
 
     def check(self) -> None:
-        """Raises SearchStopped when the money is spent, or a provider takes us no more."""
+        """Raises SearchStopped when there is no use in going on.
+
+        The money is spent, a provider takes us no more, or a replay finds nothing at all.
+        """
         self.budget.check()
+        missed = self._counters["missed"]
+        if self.mode == "replay" and missed >= MISSES and not self._counters["from_store"]:
+            raise SearchStopped(
+                f"none of the first {missed} requests is recorded in {self.store.path}: replay the "
+                "run that made it, with its own settings of tools, data and seed"
+            )
         if self._refused:
             raise SearchStopped(
                 f"{self._refused}. What was trained is saved; with a key and an account in order "
@@ -205,8 +259,9 @@ class Recorder:
 
     def counters(self) -> dict[str, float]:
         """Totals since the start: calls to services that were `live` and those of them that
-        `failed`; requests answered `from_store`, `joined` to one under way, and `recorded`;
-        `paid` and `paid_calls` are the budget's."""
+        `failed`; requests answered `from_store`, `joined` to one under way, and `missed` because
+        nobody may be asked; answers `recorded`, and `unrecorded` because the store could not take
+        them; `paid` and `paid_calls` are the budget's."""
         money = {"paid": self.budget.spent, "paid_calls": self.budget.calls}
         return self._counters | money
 

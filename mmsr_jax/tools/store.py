@@ -9,6 +9,7 @@ log, https://sqlite.org/wal.html). A power cut can cost the last records, never 
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import pathlib
 import sqlite3
 import threading
@@ -16,36 +17,13 @@ import time
 from collections.abc import Iterator
 from typing import Literal
 
-APPLICATION = 0x4D4D5352  # "MMSR": tells our files from other databases
-VERSION = 1
-BUSY_SECONDS = 60.0  # how long a writer waits for another process's transaction
+from mmsr_jax.tools import store_file
+
+log = logging.getLogger(__name__)
+
 FLUSH_EVERY = 64  # uses that are counted in memory before they are written
 EVICT_TO = 0.9  # of max_bytes
-
-SCHEMA = """
-CREATE TABLE calls (
-    key TEXT PRIMARY KEY,    -- sha256 of the request
-    kind TEXT NOT NULL,      -- text_search, image_search; or a stage: links, lens, page, summary
-    provider TEXT NOT NULL,
-    request TEXT NOT NULL,   -- JSON
-    response TEXT NOT NULL,  -- JSON; its pictures by digest
-    seconds REAL NOT NULL,   -- that the live call took
-    cost REAL NOT NULL,      -- US dollars that asking again would cost
-    paid REAL NOT NULL,      -- US dollars that this record was paid with, stages counted once
-    created REAL NOT NULL,   -- seconds since 1970
-    complete INTEGER NOT NULL, -- 0: a part had failed for the moment; for replays only
-    used REAL NOT NULL,
-    hits INTEGER NOT NULL,
-    size INTEGER NOT NULL    -- bytes of request and response
-) WITHOUT ROWID;
-CREATE INDEX calls_used ON calls (used);
-CREATE TABLE pictures (digest TEXT PRIMARY KEY, data BLOB NOT NULL);
-CREATE TABLE shown (
-    key TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (key, digest)
-) WITHOUT ROWID;
-CREATE INDEX shown_digest ON shown (digest);
-CREATE TABLE counters (name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
-"""
+MAY_GO = "provider != 'fvqa'"  # that one cannot be asked again: its results are never evicted
 COLUMNS = "key, kind, provider, request, response, seconds, cost, paid, created, complete"
 
 
@@ -60,7 +38,9 @@ class StoreConfig:
     path: str = ""  # the SQLite file; empty: nothing is kept
     mode: Literal["live", "cache", "replay"] = "cache"
     ttl: float = 0.0  # seconds after which `cache` asks again; 0: never. `replay` knows no age
-    max_bytes: int = 0  # of responses and pictures; least recently used go first; 0: no limit
+    # Of responses and pictures; the least recently used go first, FVQA's results never. A record
+    # of more than 0.9 of it is not kept. 0: no limit.
+    max_bytes: int = 0
 
     def __post_init__(self):
         if self.ttl < 0:
@@ -98,72 +78,31 @@ class Store:
     Args:
       path: created when it is not there, its folder too.
       max_bytes: of requests, responses and pictures; 0 for no limit.
+      write: False opens what is there, and only to read; the file may be write-protected.
 
     Raises:
-      ValueError: the file is no store, or one of another version.
+      ValueError: the file is no store, or one of another version, or cannot be opened.
     """
 
-    def __init__(self, path: str | pathlib.Path, max_bytes: int = 0, create: bool = True):
+    def __init__(self, path: str | pathlib.Path, max_bytes: int = 0, write: bool = True):
         self.path = pathlib.Path(path)
-        self._max_bytes = max_bytes
+        self._max_bytes, self._write = max_bytes, write
         self._lock = threading.RLock()
         self._uses: dict[str, list[float]] = {}  # key -> [last use, uses], not yet written
         self._counts: dict[str, float] = {}  # counters not yet written
-        if not create and not self.path.is_file():
-            raise ValueError(f"{path}: there is no store; a run with store.path makes one")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(
-            self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
-        try:
-            self._open()
-        except sqlite3.DatabaseError as error:
-            self._db.close()
-            raise ValueError(f"{path} is no store of search calls: {error}") from error
-        except ValueError:
-            self._db.close()
-            raise
-
-    def _open(self) -> None:
-        self._db.execute("PRAGMA synchronous = NORMAL")
-        with self._writing(switch_to_wal=True):
-            (made,) = self._db.execute("PRAGMA application_id").fetchone()
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if made == 0 and tables == 0:
-                for statement in SCHEMA.split(";\n"):
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA application_id = {APPLICATION}")
-                self._db.execute(f"PRAGMA user_version = {VERSION}")
-            elif made != APPLICATION:
-                raise ValueError(f"{self.path} is a database, but no store of search calls")
-            elif version != VERSION:
-                raise ValueError(
-                    f"{self.path} is a store of version {version}, this program reads {VERSION}: "
-                    "export it to parquet with the program that wrote it, and import that"
-                )
+        self._db = store_file.connect(self.path, write)
 
     @contextlib.contextmanager
-    def _writing(self, switch_to_wal: bool = False) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         """One transaction that holds the write lock from its start; all of it, or nothing."""
         with self._lock:
-            if switch_to_wal:  # once, outside of any transaction; the file remembers
-                self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-                until = time.monotonic() + BUSY_SECONDS
-                while True:  # sqlite does not wait here when two processes make the file
-                    try:
-                        self._db.execute("PRAGMA journal_mode = WAL")
-                        break
-                    except sqlite3.OperationalError:
-                        if time.monotonic() > until:
-                            raise
-                        time.sleep(0.01)
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # after a full disk sqlite has rolled back itself
+                    self._db.execute("ROLLBACK")
                 raise
 
     def get(self, key: str, max_age: float = 0.0, replay: bool = False) -> Record | None:
@@ -188,7 +127,7 @@ class Store:
             if record is not None and not replay:
                 old = max_age and now - record.created > max_age
                 record = None if old or not record.complete else record
-            if not replay:
+            if not replay and self._write:
                 if record is None:
                     self._counts["misses"] = self._counts.get("misses", 0) + 1
                 else:
@@ -196,7 +135,10 @@ class Store:
                     use = self._uses.setdefault(key, [now, 0])
                     use[0], use[1] = now, use[1] + 1
                 if len(self._uses) + self._counts.get("misses", 0) >= FLUSH_EVERY:
-                    self.flush()
+                    try:
+                        self.flush()
+                    except sqlite3.Error as error:  # the record is there: a count can wait
+                        log.warning("%s: uses are not written down: %s", self.path, error)
         return record
 
     def _pictures(self, key: str) -> dict[str, bytes]:
@@ -208,21 +150,31 @@ class Store:
             )
         )
 
-    def put(self, record: Record) -> None:
+    def put(self, record: Record) -> bool:
         """Writes a record, in the place of an older one; the least recently used make room.
 
         An incomplete record never takes the place of a complete one.
 
+        Returns:
+          Whether it was written: no record is that would fill the store alone.
+
         Raises:
           ValueError: a picture whose name is not its sha256.
         """
+        size = record.size + sum(map(len, record.pictures.values()))
+        if self._max_bytes and size > self._max_bytes * EVICT_TO:
+            log.warning(
+                "%s: a record of %d bytes is not kept, the store's max_bytes is %d",
+                self.path, size, self._max_bytes,
+            )  # fmt: skip
+            return False
         for digest, data in record.pictures.items():
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError(f"a picture of {len(data)} bytes is not {digest}")
         with self._writing():
             whole = "SELECT complete FROM calls WHERE key = ?"
             if not record.complete and self._db.execute(whole, (record.key,)).fetchone() == (1,):
-                return
+                return False
             self._remove(record.key)
             grown = record.size
             for digest, data in record.pictures.items():
@@ -245,7 +197,8 @@ class Store:
             self._add("paid", record.paid)
             self._write_uses()
             if self._max_bytes:
-                self._evict()
+                self._evict(record.key)
+        return True
 
     def _add(self, name: str, value: float) -> None:
         if value:
@@ -275,12 +228,15 @@ class Store:
                 freed += alone[0]
         self._add("bytes", -freed)
 
-    def _evict(self) -> None:
+    def _evict(self, new: str) -> None:
+        """Makes room; what has just been written (`new`) stays."""
         if self._counter("bytes") <= self._max_bytes:
             return
         evicted = 0
         while self._counter("bytes") > self._max_bytes * EVICT_TO:
-            oldest = self._db.execute("SELECT key FROM calls ORDER BY used LIMIT 32").fetchall()
+            oldest = self._db.execute(
+                f"SELECT key FROM calls WHERE key != ? AND {MAY_GO} ORDER BY used LIMIT 32", (new,)
+            ).fetchall()
             if not oldest:
                 break
             for (key,) in oldest:
@@ -382,7 +338,11 @@ class Store:
         with self._lock:
             if self._db is None:
                 return
-            self.flush()
-            self._db.execute("PRAGMA incremental_vacuum")
+            try:
+                self.flush()
+                if self._write:  # `execute` steps once, and so frees one page; a script runs on
+                    self._db.executescript("PRAGMA incremental_vacuum")
+            except sqlite3.Error as error:
+                log.warning("%s: closed without its last counts: %s", self.path, error)
             self._db.close()
             self._db = None

@@ -20,6 +20,9 @@ from mmsr_jax.tools.recorded import Recorder, Request
 from mmsr_jax.tools.summarize import Summarizer
 from mmsr_jax.types import ResultItem, ToolCall
 
+# Goes up with every change of prompts, or of how sentences are chosen (summarize.py, passages.py):
+# older summaries are then asked for anew.
+SUMMARIES = 2
 LEAST = 0.1  # seconds: with less there is no use in asking anybody
 
 
@@ -74,6 +77,7 @@ class WebTextSearch:
             "provider": dict(provider.identity),
             "reader": None if reader is None else dict(reader[1].identity),
             "summarizer": None if summarizer is None else dict(summarizer[1].identity),
+            "summaries": None if summarizer is None else SUMMARIES,
             "results": results,
             "candidates": self._candidates,
         }
@@ -135,6 +139,8 @@ class WebTextSearch:
                 "identity": dict(stage.identity),
                 "question": call.question,
                 "query": call.query,
+                "version": SUMMARIES,
+                "title": page.title,
                 "page": hashlib.sha256(text).hexdigest(),
             },
         )

@@ -69,15 +69,15 @@ def experiment(small, url, store, mode="cache", money=0.0) -> Experiment:
 
 def play(given, workdir):
     """Runs it; -> all trajectories of GRPO, in order."""
-    seen, rollout = [], grpo.rollout
+    seen, sample = [], grpo._Sampler.sample
 
-    def watched(*args, **kwargs):
-        groups, timings = rollout(*args, **kwargs)
+    def watched(sampler, number):
+        groups, measured = sample(sampler, number)
         seen.extend(t for group in groups for t in group)
-        return groups, timings
+        return groups, measured
 
     with pytest.MonkeyPatch.context() as patch, RunLog(workdir) as log:
-        patch.setattr(grpo, "rollout", watched)
+        patch.setattr(grpo._Sampler, "sample", watched)
         loop.run(given, workdir, log)
     return seen
 
@@ -165,7 +165,7 @@ def test_replayed_with_the_server_down_to_the_token(recorded, small, tmp_path):
         assert one.ending == other.ending and one.responses == other.responses
     assert comparable(tmp_path / "replay") == comparable(recorded.workdir)
     last = metrics(tmp_path / "replay")[-1]
-    assert (last["tools/live"], last["tools/failed"], last["tools/paid"]) == (0, 0, 0)
+    assert all(last[f"tools/{name}"] == 0 for name in ("live", "failed", "paid", "missed"))
     store = Store(recorded.store)
     assert store.check() == []
     store.close()

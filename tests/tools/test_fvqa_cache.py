@@ -98,10 +98,20 @@ def test_conversion_and_search(release):
         assert [item.title for item in items] == ["Nepal", "Flag of Nepal"]
         assert items[1].thumbnail == b"clean https://a/1.png"
         for picture in (pictures[1], pictures[2], b"another"):
-            for mode in ("replay", "cache"):
+            for mode in ("replay", "cache", "live"):
                 tool = fvqa_cache.FvqaImageSearch(Recorder(store, mode), results=2)
                 with pytest.raises(ToolError, match="not_recorded"):
                     await tool.run(ToolCall("image_search", "", picture, "?"))
+
+        await old_and_live()
+
+    async def old_and_live():
+        """Nobody can be asked for them again: no mode and no age makes them go."""
+        for mode, ttl in (("live", 0.0), ("cache", 1e-9), ("replay", 1e-9)):
+            recorder = Recorder(store, mode, ttl)
+            tool = fvqa_cache.FvqaImageSearch(recorder, results=2)
+            assert len(await tool.run(ToolCall("image_search", "", pictures[0], "?"))) == 2
+            assert recorder.counters()["from_store"] == 1
 
     asyncio.run(main())
     key = fvqa_cache.request(hashlib.sha256(pictures[0]).hexdigest()).key

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+import sqlite3
 import subprocess
 import sys
 
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.index import manifest as manifests
-from mmsr_jax.tools.index import vectors_exact
+from mmsr_jax.tools.index import vectors_exact, vectors_usearch
 from mmsr_jax.tools.index.build import IndexConfig, build
 from mmsr_jax.tools.index.embed_hash import HashEmbedder
 from mmsr_jax.tools.index.open import open_index
@@ -218,6 +220,29 @@ def test_the_graph_and_the_exact_index_agree(tmp_path):
     (tmp_path / "graph/vectors.usearch").write_bytes(b"no graph")
     with pytest.raises(ValueError, match="vectors.usearch"):
         open_index(tmp_path / "graph")
+
+
+def test_rows_that_are_not_there_are_named(source, tmp_path):
+    """A stranger's index: a graph with other keys, a table with other rows."""
+    make(source, tmp_path / "graph", vectors="usearch")
+    made = vectors_usearch._usearch().Index(ndim=HashEmbedder().size, metric="ip", dtype="f16")
+    vectors = np.fromfile(tmp_path / "graph" / vectors_exact.FILE, np.float32).reshape(2, -1)
+    made.add(np.array([7, 2**63 + 1], np.uint64), vectors)
+    made.save(str(tmp_path / "graph" / vectors_usearch.FILE))
+    picture = (source / "red.png").read_bytes()
+    with (
+        open_index(tmp_path / "graph") as index,
+        pytest.raises(ToolError, match="damaged: its graph names vector 9223372036854775809 of 2"),
+    ):
+        index.pictures.scored(picture, 2)
+    make(source, tmp_path / "exact", vectors="exact")
+    with sqlite3.connect(tmp_path / "exact" / "pictures.sqlite") as table:
+        table.execute("UPDATE entries SET row = row + 5")
+    with (
+        open_index(tmp_path / "exact") as index,
+        pytest.raises(ToolError, match="damaged: it has no picture [01]"),
+    ):
+        index.pictures.scored(picture, 2)
 
 
 def test_exact_ties_go_by_row(tmp_path):

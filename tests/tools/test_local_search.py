@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmsr_jax.tools import local
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.image_search import LocalImageSearch
 from mmsr_jax.tools.local import LocalImageIndex, LocalTextIndex, Passage, PictureEntry
@@ -156,3 +157,31 @@ def test_pictures_of_every_format_are_found(kind):
     buffer = io.BytesIO()
     Image.open(io.BytesIO(picture(GREEN, WHITE, RED))).save(buffer, kind)
     assert run(LocalImageSearch(image_index(), 1), image=buffer.getvalue())[0].title == "IT"
+
+
+def test_what_is_searched_with_is_smaller_than_what_is_indexed(monkeypatch):
+    index = image_index()
+    monkeypatch.setattr(local, "QUERY_PIXELS", 2000)
+    with pytest.raises(ToolError, match="60 x 40 pixels, at most 2000"):
+        index.scored(picture(BLUE, WHITE, RED), 1)
+    assert local.load(picture(BLUE, WHITE, RED)).size == (60, 40)
+
+
+def test_a_jpeg_of_many_pixels_is_decoded_small():
+    out = io.BytesIO()
+    Image.open(io.BytesIO(picture(BLUE, WHITE, RED, size=(600, 400)))).save(out, "JPEG")
+    assert local.load(out.getvalue(), 240_000).size == (600, 400)
+    assert local.load(out.getvalue(), 20_000).size == (150, 100)
+    with pytest.raises(ToolError, match="600 x 400 pixels, at most 100"):
+        local.load(out.getvalue(), 100)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_loading_is_laying_on_white(mode):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (8, 9, 4), np.uint8), "RGBA").convert(mode)
+    out = io.BytesIO()
+    image.save(out, "TIFF" if mode == "CMYK" else "PNG")
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image.convert("RGBA"))
+    np.testing.assert_array_equal(np.asarray(local.load(out.getvalue())), canvas.convert("RGB"))

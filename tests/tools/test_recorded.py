@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sqlite3
 import time
 
 import pytest
@@ -52,6 +53,7 @@ def test_the_second_time_the_store_answers(store):
         assert second.seconds == first.seconds
         assert recorder.counters() == {
             "live": 1, "from_store": 1, "joined": 0, "recorded": 1, "failed": 0,
+            "missed": 0, "unrecorded": 0,
             "paid": 0.25, "paid_calls": 1,
         }  # fmt: skip
 
@@ -77,16 +79,72 @@ def test_equal_calls_in_flight_are_one(store):
 
 
 def test_all_who_joined_a_failure_hear_of_it_and_the_next_asks_again(store):
-    service = Service(ToolError("timeout"), Found(HITS), wait=0.02)
+    service = Service(ToolError("server_error"), Found(HITS), wait=0.02)
 
     async def main():
         recorder = Recorder(store)
         asks = [recorder.ask(ASKED, service) for _ in range(4)]
         results = await asyncio.gather(*asks, return_exceptions=True)
-        assert [str(r) for r in results] == ["timeout"] * 4 and service.calls == 1
+        assert [str(r) for r in results] == ["server_error"] * 4 and service.calls == 1
         assert (await recorder.ask(ASKED, service)).hits == HITS
 
     asyncio.run(main())
+
+
+def test_who_joined_late_has_time_of_its_own(store):
+    service = Service(ToolError("timeout"), Found(HITS, cost=0.25), wait=0.02)
+
+    async def main():
+        recorder = Recorder(store)
+        asks = [recorder.ask(ASKED, service, 0.25) for _ in range(4)]
+        results = await asyncio.gather(*asks, return_exceptions=True)
+        assert str(results[0]) == "timeout" and service.calls == 2
+        assert [r.source for r in results[1:]] == ["live", "joined", "joined"]
+        assert all(r.hits == HITS for r in results[1:]) and not recorder._flights
+        slow = Service(ToolError("timeout"), wait=0.02)
+        asks = [recorder.ask(Request("links", "serper", {}), slow) for _ in range(4)]
+        results = await asyncio.gather(*asks, return_exceptions=True)
+        assert [str(r) for r in results] == ["timeout"] * 4 and slow.calls == 2
+
+    asyncio.run(main())
+
+
+def test_a_store_that_cannot_write_costs_no_answer(store, monkeypatch, caplog):
+    def full(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    async def main():
+        recorder = Recorder(store)
+        monkeypatch.setattr(Store, "put", full)
+        found = await recorder.ask(ASKED, Service(Found(HITS, cost=0.25)), 0.25)
+        assert found.hits == HITS and found.paid == 0.25
+        counters = recorder.counters()
+        assert (counters["recorded"], counters["unrecorded"], counters["failed"]) == (0, 1, 0)
+
+    asyncio.run(main())
+    assert "disk is full" in caplog.text
+
+
+def test_a_replay_counts_what_is_missing_and_stops_where_nothing_is_there(store, caplog):
+    async def ask(recorder, n):
+        with pytest.raises(ToolError, match="not_recorded"):
+            await recorder.ask(Request("links", "serper", {"q": n}), Service(AssertionError()))
+
+    async def main():
+        await Recorder(store).ask(ASKED, Service(Found(HITS)))
+        right, wrong = Recorder(store, "replay"), Recorder(store, "replay")
+        await right.ask(ASKED, Service(AssertionError()))
+        for n in range(20):
+            wrong.check()
+            await ask(right, n)
+            await ask(wrong, n)
+        right.check()
+        assert right.counters()["missed"] == 20 and right.counters()["from_store"] == 1
+        with pytest.raises(SearchStopped, match="none of the first 20 requests is recorded in"):
+            wrong.check()
+
+    asyncio.run(main())
+    assert "not recorded: 10 requests, and 1 were" in caplog.text
 
 
 def test_a_call_outlives_the_one_who_gave_up_on_it(store):

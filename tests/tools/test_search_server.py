@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import threading
+import time
 
 import httpx
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mmsr_jax.tools.local import LocalImageIndex, LocalTextIndex, Passage, PictureEntry
+from mmsr_jax.tools.server import run as server_run
 from mmsr_jax.tools.server.app import Limits, ServerConfig, application
 from mmsr_jax.tools.server.metrics import SECONDS, Metrics
 from mmsr_jax.tools.server.run import listen
@@ -207,6 +209,66 @@ def test_deadline_overload_and_failure_end_in_named_errors():
         "mmsr_search_passages 1",
     ):
         assert line in metrics.text.splitlines()
+
+
+class Counting:
+    """A picture index that counts how many search it at a time."""
+
+    def __init__(self):
+        self.lock, self.now, self.most = threading.Lock(), 0, 0
+
+    def __len__(self):
+        return 1
+
+    def scored(self, picture, topk):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.02)
+        with self.lock:
+            self.now -= 1
+        return []
+
+
+def test_pictures_have_few_threads_and_bodies_a_limit_in_all():
+    counting = Counting()
+    config = ServerConfig(
+        threads=16, picture_threads=2, body_bytes=25_000, limits=Limits(picture_bytes=10_000)
+    )
+    made = application(None, counting, config)
+
+    async def talk():
+        transport = httpx.ASGITransport(made)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+
+            async def image(size):
+                return (await client.post("/image", content=b"x" * size)).json()
+
+            few = await asyncio.gather(*(image(1000) for _ in range(12)))
+            many = await asyncio.gather(*(image(10_000) for _ in range(4)))
+            return few, many, await image(10_000)
+
+    few, many, after = asyncio.run(talk())
+    assert few == [{"result": []}] * 12 and after == {"result": []}
+    assert counting.most == 2
+    kinds = [answer.get("error", {}).get("kind", "") for answer in many]
+    assert sorted(kinds) == ["", "", "overloaded", "overloaded"]
+    with pytest.raises(ValueError, match="body_bytes 1000 .23333 or more"):
+        ServerConfig(body_bytes=1000, limits=Limits(picture_bytes=10_000))
+    with pytest.raises(ValueError, match="picture_threads 0"):
+        ServerConfig(picture_threads=0)
+
+
+def test_the_server_limits_connections(monkeypatch):
+    seen = {}
+
+    def run(server, sockets):
+        seen["limit"] = server.config.limit_concurrency
+
+    monkeypatch.setattr(server_run.uvicorn.Server, "run", run)
+    with listen("127.0.0.1", 0) as listening:
+        server_run.serve(app(), listening)
+    assert seen["limit"] == server_run.CONNECTIONS
 
 
 def test_metrics_are_what_prometheus_reads():

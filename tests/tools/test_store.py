@@ -1,7 +1,9 @@
 """The store keeps what it was given, whole, for several processes, within its size."""
 
+import dataclasses
 import hashlib
 import multiprocessing
+import os
 import signal
 import sqlite3
 import subprocess
@@ -10,7 +12,8 @@ import time
 
 import pytest
 
-from mmsr_jax.tools.store import Record, Store, StoreConfig
+from mmsr_jax.tools import fvqa_cache
+from mmsr_jax.tools.store import FLUSH_EVERY, Record, Store, StoreConfig
 
 
 def record(name: str, pictures: tuple[bytes, ...] = (), **more) -> Record:
@@ -117,7 +120,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"version 7, this program reads 1"):
         Store(tmp_path / "new.db")
     with pytest.raises(ValueError, match="there is no store"):
-        Store(tmp_path / "nowhere.db", create=False)
+        Store(tmp_path / "nowhere.db", write=False)
     assert not (tmp_path / "nowhere.db").exists()
 
 
@@ -128,6 +131,96 @@ def test_other_files_are_refused(tmp_path):
 def test_wrong_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         StoreConfig(**options)
+
+
+def test_a_record_that_would_fill_the_store_is_not_kept_and_none_is_lost_for_it(tmp_path):
+    store = Store(tmp_path / "s.db", max_bytes=10_000)
+    for n in range(3):
+        assert store.put(record(str(n), (str(n).encode() * 2000,)))
+    assert not store.put(record("big", (b"x" * 9_500,)))
+    assert all(store.get(record(str(n)).key) for n in range(3))
+    assert store.get(record("big").key) is None and store.check() == []
+
+
+def test_what_was_just_written_is_never_evicted(tmp_path):
+    store = Store(tmp_path / "s.db", max_bytes=10_000)
+    store.put(record("old", (b"o" * 8_000,)))
+    for _ in range(20):
+        store.get(record("old").key)
+    store._uses[record("old").key][0] = time.time() + 100  # as by a clock that is set back later
+    assert store.put(record("new", (b"n" * 8_000,)))
+    assert store.get(record("new").key) is not None and store.get(record("old").key) is None
+
+
+def test_results_that_nobody_can_give_again_are_never_evicted(tmp_path):
+    store = Store(tmp_path / "s.db", max_bytes=20_000)
+    kept = dataclasses.replace(record("fvqa", (b"f" * 5000,)), provider=fvqa_cache.PROVIDER)
+    store.put(kept)
+    for n in range(8):
+        store.put(record(str(n), (str(n).encode() * 4000,)))
+    assert store.get(kept.key, replay=True) == kept
+    assert store.summary()["evicted"] > 3 and store.check() == []
+
+
+def test_a_count_that_cannot_be_written_does_not_cost_the_record(tmp_path, monkeypatch):
+    store = Store(tmp_path / "s.db")
+    store.put(record("a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_write_uses", failing)
+        for n in range(FLUSH_EVERY + 3):
+            store.get(record(f"not there {n}").key)
+            assert store.get(record("a").key) is not None
+    assert store.summary()["hits"] == FLUSH_EVERY + 3  # they are written down later
+
+
+def failing(*_):
+    raise sqlite3.OperationalError("database or disk is full")
+
+
+def test_a_store_that_is_only_read_stays_as_it_is(tmp_path):
+    with pytest.raises(ValueError, match="there is no store"):
+        Store(tmp_path / "s.db", write=False)
+    store = Store(tmp_path / "s.db")
+    store.put(record("a", (b"one",)))
+    store.close()
+    before = (tmp_path / "s.db").read_bytes()
+    reading = Store(tmp_path / "s.db", write=False)
+    for _ in range(2 * FLUSH_EVERY):
+        assert reading.get(record("a").key).pictures
+        reading.get(record("b").key)
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        reading.put(record("b"))
+    assert reading.summary()["records"] == 1 and reading.check() == []
+    reading.close()
+    assert (tmp_path / "s.db").read_bytes() == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is write-protected for root")
+def test_a_write_protected_store_is_read_and_named(tmp_path):
+    (tmp_path / "deep").mkdir()
+    store = Store(tmp_path / "deep" / "s.db")
+    store.put(record("a"))
+    store.close()
+    (tmp_path / "deep" / "s.db").chmod(0o444)
+    (tmp_path / "deep").chmod(0o555)
+    try:
+        reading = Store(tmp_path / "deep" / "s.db", write=False)
+        assert reading.get(record("a").key) is not None
+        reading.close()
+        with pytest.raises(ValueError, match="cannot be opened: .*replay"):
+            Store(tmp_path / "deep" / "s.db")
+    finally:
+        (tmp_path / "deep").chmod(0o755)
+
+
+def test_closing_gives_free_pages_back(tmp_path):
+    store = Store(tmp_path / "s.db")
+    for n in range(20):
+        store.put(record(str(n), (str(n).encode() * 50_000,)))
+    for n in range(20):
+        store.put(record(str(n)))
+    store.close()
+    assert (tmp_path / "s.db").stat().st_size < 200_000
 
 
 def write_many(path, name, count):

@@ -2,14 +2,18 @@
 
 import asyncio
 import base64
+import functools
+import threading
 import time
 
 import pytest
 
+from mmsr_jax.tools import web
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.budget import Budget
 from mmsr_jax.tools.hits import Found, Hit
-from mmsr_jax.tools.image_search import WebImageSearch
+from mmsr_jax.tools.image_search import DECODERS, WebImageSearch
+from mmsr_jax.tools.pictures import PictureLimits
 from mmsr_jax.tools.reader import Page
 from mmsr_jax.tools.recorded import Recorded, Recorder
 from mmsr_jax.tools.store import Store
@@ -164,6 +168,27 @@ def test_each_stage_is_paid_for_once(tmp_path):
     asyncio.run(main())
 
 
+def test_a_summary_is_of_a_title_and_of_a_version(tmp_path, monkeypatch):
+    provider, reader, summarizer = Provider(links(1)), Reader(), Summarizer()
+
+    async def main():
+        recorder = Recorder(Store(tmp_path / "s.db"))
+        told = []
+        for title in ("one", "two", "two"):
+            provider.hits = [Hit(title, "https://a.example/0", "snippet")]
+            provider.identity = {"engine": title}
+            await search(provider, reader, summarizer, recorder).find(CALL)
+            told.append(len(summarizer.asked))
+        monkeypatch.setattr(web, "SUMMARIES", web.SUMMARIES + 1)
+        changed = search(provider, reader, summarizer, recorder)
+        await changed.find(CALL)
+        assert told == [1, 2, 2] and len(summarizer.asked) == 3
+        assert changed.identity["summaries"] == web.SUMMARIES
+        recorder.close()
+
+    asyncio.run(main())
+
+
 def test_an_empty_budget_ends_the_search(tmp_path):
     budget = Budget(0.12)  # the links, and one page with its summary
     tool = search(Provider(links(6)), Reader(), Summarizer(), Recorder(budget=budget), results=2)
@@ -235,6 +260,75 @@ def test_no_match_is_an_answer_and_no_thumbnail_is_an_error():
 
     with pytest.raises(ToolError, match="unread: none of 4 thumbnails: unreachable"):
         run(images(Lens(matches(4)), unreachable), PICTURE)
+
+
+def test_dead_thumbnails_are_an_answer_and_kept(tmp_path):
+    fetched = []
+
+    async def dead(url, seconds):
+        fetched.append(url)
+        raise ToolError("bad_response", "404")
+
+    async def main():
+        recorder = Recorder(Store(tmp_path / "s.db"))
+        tool = Recorded(images(Lens(matches(4)), dead, recorder), recorder)
+        for _ in range(2):
+            with pytest.raises(ToolError, match="^no_results$"):
+                await tool.find(PICTURE)
+        assert len(fetched) == 4
+        recorder.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("name", "asked"), [("retriever", 2), ("serper", 1)])
+def test_what_pictures_are_cleaned_to_is_part_of_the_request(tmp_path, name, asked):
+    """A retriever's pictures are cleaned before they are kept, Lens' thumbnails after."""
+
+    def clean(data, limits):
+        return str(limits.max_side).encode()
+
+    async def get(url, seconds):
+        return b"thumbnail"
+
+    async def main():
+        lens = Lens([Hit("t", picture=b"raw") if name == "retriever" else matches(1)[0]])
+        lens.name = name
+        recorder = Recorder(Store(tmp_path / "s.db"))
+        for side in (100, 100, 200):
+            cleaned = functools.partial(clean, limits=PictureLimits(max_side=side))
+            tool = WebImageSearch(lens, get, cleaned, recorder, results=1, candidates=1)
+            (hit,) = (await Recorded(tool, recorder).find(PICTURE)).hits
+            assert hit.picture == str(side).encode()
+        assert lens.calls == asked
+        recorder.close()
+
+    asyncio.run(main())
+
+
+def test_few_pictures_are_decoded_at_a_time():
+    now, most, lock = 0, 0, threading.Lock()
+
+    def clean(data):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+        return data
+
+    async def get(url, seconds):
+        return b"thumbnail"
+
+    async def main():
+        tool = WebImageSearch(
+            Lens(matches(12)), get, clean, Recorder(), results=12, candidates=12, deadline=20
+        )
+        return await tool.find(PICTURE)
+
+    assert len(asyncio.run(main()).hits) == 12 and 1 <= most <= DECODERS
 
 
 def test_a_paid_lens_search_is_kept_when_its_thumbnails_fail(tmp_path):

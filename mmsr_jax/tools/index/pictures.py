@@ -15,20 +15,22 @@ from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.index import vectors_exact, vectors_usearch
 from mmsr_jax.tools.index.embed import Embedder
 from mmsr_jax.tools.index.manifest import PicturePart
-from mmsr_jax.tools.local import PictureEntry, load
+from mmsr_jax.tools.local import MAX_PIXELS, QUERY_PIXELS, PictureEntry, load
 
 FILE = "pictures.sqlite"
 LONGEST = 1024  # pixels of the longer side that embedders get: what they look at is smaller
 MAX_ASPECT = 100  # longer side by shorter; vision models refuse strips (Qwen's at 200)
+DECODERS = 4  # pictures that a build decodes at the same time: each may take 1 GB
 MANY = 100_000  # above this "auto" builds a graph
 
 
-def decoded(picture: bytes) -> Image.Image:
+def decoded(picture: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """RGB on white, no longer than `LONGEST`.
 
-    ToolError("failed") when it cannot be decoded, or is a strip beyond `MAX_ASPECT`.
+    ToolError("failed") when it cannot be decoded, is a strip beyond `MAX_ASPECT`, or has more
+    pixels than allowed.
     """
-    image = load(picture)
+    image = load(picture, max_pixels)
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ToolError(
             "failed",
@@ -73,7 +75,9 @@ class PictureWriter:
         )
         self._db.execute("BEGIN")
         self._file = open(folder / vectors_exact.FILE, "wb")  # noqa: SIM115, closed in finish
-        self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "decode")
+        self._pool = concurrent.futures.ThreadPoolExecutor(
+            min(DECODERS, os.cpu_count() or 1), "decode"
+        )
 
     def add(self, batch: Sequence[tuple[str, str, bytes]]) -> int:
         """Adds (title, link, encoded picture); returns how many of them could not be decoded."""
@@ -169,17 +173,21 @@ class PictureIndex:
         """The `topk` most similar entries with their cosines, best first.
 
         Raises:
-            ToolError: "failed", the picture cannot be decoded.
+            ToolError: "failed", the picture cannot be decoded, or the index is damaged.
         """
-        (vector,) = self._embedder.embed([decoded(picture)])
+        (vector,) = self._embedder.embed([decoded(picture, QUERY_PIXELS)])
         rows, scores = self.vectors.nearest(vector, topk)
         with self._lock:
             entries = [
-                PictureEntry(*self._db.execute(
+                self._db.execute(
                     "SELECT title, link, thumbnail FROM entries WHERE row = ?", (int(row),)
-                ).fetchone())
+                ).fetchone()
                 for row in rows
-            ]  # fmt: skip
+            ]
+        for row, entry in zip(rows, entries, strict=True):
+            if entry is None:
+                raise ToolError("failed", f"the index is damaged: it has no picture {row}")
+        entries = [PictureEntry(*entry) for entry in entries]
         return [(entry, float(score)) for entry, score in zip(entries, scores, strict=True)]
 
     def search(self, picture: bytes, topk: int) -> list[PictureEntry]:

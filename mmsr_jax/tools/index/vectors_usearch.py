@@ -4,6 +4,7 @@ import pathlib
 
 import numpy as np
 
+from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.index import vectors_exact
 
 FILE = "vectors.usearch"
@@ -71,9 +72,20 @@ class UsearchVectors:
         self._vectors = np.memmap(folder / vectors_exact.FILE, np.float32, "r", shape=(count, size))
 
     def nearest(self, vector: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and inner products of (nearly always) the nearest, best first."""
+        """Rows and inner products of (nearly always) the nearest, best first.
+
+        Raises:
+            ToolError: "failed", the graph is not of these vectors.
+        """
         found = self._graph.search(vector, 2 * topk, threads=1)
-        rows = np.sort(np.asarray(found.keys, np.int64))  # ties by row, as in the exact index
+        keys = np.asarray(found.keys)
+        if len(keys) and not (keys < len(self._vectors)).all():  # unsigned: a stranger's graph
+            raise ToolError(
+                "failed",
+                f"the index is damaged: its graph names vector {keys.max()} of "
+                f"{len(self._vectors)}",
+            )
+        rows = np.sort(keys.astype(np.int64))  # ties by row, as in the exact index
         # The graph holds half the precision; these are what the exact index would say.
         scores = np.einsum("ij,j->i", self._vectors[rows], vector)
         order = np.argsort(-scores, kind="stable")[:topk]

@@ -20,7 +20,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
 from starlette.applications import Starlette
@@ -59,7 +59,9 @@ class PictureSearcher(Protocol):
 class ServerConfig:
     """How much the server does at a time."""
 
-    threads: int = 0  # that search; 0 is twice the cores
+    threads: int = 0  # that search texts; 0 is twice the cores
+    picture_threads: int = 4  # that search pictures: decoding one may take 200 MB
+    body_bytes: int = 512_000_000  # of all requests under way; more are told to come again (503)
     waiting: int = 512  # requests under way at most; more are told to come again (503)
     deadline: float = 30.0  # seconds from the first byte of a request to its answer
     limits: Limits = Limits()
@@ -69,6 +71,11 @@ class ServerConfig:
             raise ValueError(
                 f"threads {self.threads} (0 or more), waiting {self.waiting} (1 or more), "
                 f"deadline {self.deadline} (above 0)"
+            )
+        if self.picture_threads < 1 or self.body_bytes < self.limits.picture_limit:
+            raise ValueError(
+                f"picture_threads {self.picture_threads} (1 or more), body_bytes "
+                f"{self.body_bytes} ({self.limits.picture_limit} or more, one picture's)"
             )
 
 
@@ -88,6 +95,7 @@ def application(
             yield
         finally:
             server.pool.shutdown(cancel_futures=True)
+            server.decoders.shutdown(cancel_futures=True)
             close()
 
     routes = [
@@ -104,7 +112,9 @@ class _Server:
         self.text, self.pictures, self.config = text, pictures, config
         threads = config.threads or 2 * (os.cpu_count() or 1)
         self.pool = concurrent.futures.ThreadPoolExecutor(threads, "search")
+        self.decoders = concurrent.futures.ThreadPoolExecutor(config.picture_threads, "pictures")
         self.metrics = Metrics()
+        self.held = 0  # bytes of bodies that are here, or may come
 
     def guard(
         self, path: str, answer: Callable[[Request], Awaitable[Response]]
@@ -142,10 +152,12 @@ class _Server:
         if self.text is None:
             raise Refused(404, "no_documents", "this index has pictures only")
         limits = self.config.limits
-        asked = requests.retrieve(await requests.body(request.stream(), limits.json_bytes), limits)
+        with self._room(request, limits.json_bytes):
+            data = await requests.body(request.stream(), limits.json_bytes)
+            asked = requests.retrieve(data, limits)
         self.metrics.asked("/retrieve", len(asked.queries))
         found = await asyncio.gather(
-            *(self._run(self.text.scored, query, asked.topk) for query in asked.queries)
+            *(self._run(self.pool, self.text.scored, query, asked.topk) for query in asked.queries)
         )
         return JSONResponse({
             "result": [
@@ -165,14 +177,16 @@ class _Server:
         limits = self.config.limits
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         is_json = kind == "application/json"
-        limit = limits.picture_bytes * 4 // 3 + 10_000 if is_json else limits.picture_bytes
-        data = await requests.body(request.stream(), limit)
-        picture, topk = requests.picture(data, is_json, request.query_params.get("topk"), limits)
-        self.metrics.asked("/image", 1)
-        try:
-            found = await self._run(self.pictures.scored, picture, topk)
-        except ToolError as error:
-            raise Refused(422, "bad_image", str(error)) from None
+        limit = limits.picture_limit if is_json else limits.picture_bytes
+        with self._room(request, limit):
+            data = await requests.body(request.stream(), limit)
+            query = request.query_params.get("topk")
+            picture, topk = requests.picture(data, is_json, query, limits)
+            self.metrics.asked("/image", 1)
+            try:
+                found = await self._run(self.decoders, self.pictures.scored, picture, topk)
+            except ToolError as error:
+                raise Refused(422, "bad_image", str(error)) from None
         return JSONResponse({
             "result": [
                 {
@@ -199,9 +213,23 @@ class _Server:
             "pictures": 0 if self.pictures is None else len(self.pictures),
         }
 
-    def _run(self, function, *arguments) -> asyncio.Future:
+    @contextlib.contextmanager
+    def _room(self, request: Request, limit: int) -> Iterator[None]:
+        """Sets memory aside for a body: what it says it has, or all that it may have."""
+        said = request.headers.get("content-length", "")
+        size = min(int(said), limit) if said.isascii() and said.isdigit() else limit
+        if self.held + size > self.config.body_bytes:
+            text = f"bodies of {self.held} bytes are under way, at most {self.config.body_bytes}"
+            raise Refused(503, "overloaded", text)
+        self.held += size
+        try:
+            yield
+        finally:
+            self.held -= size
+
+    def _run(self, pool, function, *arguments) -> asyncio.Future:
         # What is past its deadline and has not begun is taken out of the queue by the cancelling.
-        return asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+        return asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
 
 def _document(passage: Passage) -> dict[str, str]:

@@ -22,6 +22,11 @@ class Limits:
         if not 1 <= self.default_topk <= self.topk:
             raise ValueError(f"default_topk {self.default_topk} must be in 1..{self.topk}")
 
+    @property
+    def picture_limit(self) -> int:
+        """Bytes of the largest body of /image: the picture as base64 in JSON."""
+        return self.picture_bytes * 4 // 3 + 10_000
+
 
 class Refused(Exception):
     """A request that is answered by an error.

@@ -8,6 +8,7 @@ import uvicorn
 
 GRACE = 10  # seconds that requests under way may take after SIGTERM or Ctrl-C
 BACKLOG = 2048
+CONNECTIONS = 4096  # open at the same time; more get a plain 503
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -48,6 +49,7 @@ def serve(app, listening: socket.socket, ready: Callable[[str], None] = lambda u
         timeout_graceful_shutdown=GRACE,
         timeout_keep_alive=30,
         backlog=BACKLOG,
+        limit_concurrency=CONNECTIONS,
     )
     server = _Announcing(config, lambda: ready(url))
     server.run(sockets=[listening])
