@@ -39,7 +39,7 @@ class Options:
     pages: int = 0  # of its pool; 0: enough for all in flight
     traces: str = ""  # file of traces; "": drawn
     groups: int = 96  # drawn prompts, with 8 samples each
-    loop_groups: int = 8  # of them for the plain loop, which is slow
+    loop_groups: int = 32  # of them for the plain loop, which is slow
     seed: int = 0
     repeats: int = 3  # of a replay
     latency: Latency = Latency(scale=0.05)
@@ -169,21 +169,36 @@ def _loop(
     generate: engine_peer.Generate,
     played: list[traces.Trace],
 ) -> dict:
-    """The first prompts through the plain loop and through ours, tools instant, by turns."""
+    """The first prompts through ours and the plain loop, with slow tools and instant ones.
+
+    By turns. The loop takes as many conversations at a time as ours has rows, and (instant only)
+    one at a time.
+    """
     some = [t for group in traces.by_group(played)[: options.loop_groups] for t in group]
     case = engine_decode.Case(options.replay_rows, len(some[0].prompt), 8, 1)
     way = generate.fastest(engine_decode.random_prompts(config, case))
     way = dataclasses.replace(way, cache="dynamic")  # lengths change in every round
     generate.use(way)
-    instant = dataclasses.replace(options.latency, scale=0.0)
-    runs: dict[str, list[dict]] = {"ours": [], "peer": []}
-    for _ in range(options.repeats):
-        runs["ours"].append(engine_replay.replay(engine, some, instant))
-        runs["peer"].append(engine_peer.replay(generate, some, options.replay_rows))
+    slow, instant = options.latency, dataclasses.replace(options.latency, scale=0.0)
+    rows = options.replay_rows
+    sides = {
+        "ours": lambda: engine_replay.replay(engine, some, instant),
+        "peer": lambda: engine_peer.replay(generate, some, instant, rows),
+        "ours_slow": lambda: engine_replay.replay(engine, some, slow),
+        "peer_slow": lambda: engine_peer.replay(generate, some, slow, rows),
+    }
+    once = {"peer_single": lambda: engine_peer.replay(generate, some, instant, 1)}
+    runs: dict[str, list[dict]] = {}
+    for turn in range(options.repeats):
+        for name, side in (sides | (once if not turn else {})).items():
+            runs.setdefault(name, []).append(side())
     best = {name: min(found, key=lambda run: run["seconds"]) for name, found in runs.items()}
+    seconds = {name: run["seconds"] for name, run in best.items()}
     return best | {
         "traces": len(some),
         "peer_way": dataclasses.asdict(way),
-        "ratio": best["peer"]["seconds"] / best["ours"]["seconds"],
+        "ratio": seconds["peer"] / seconds["ours"],
+        "ratio_slow": seconds["peer_slow"] / seconds["ours_slow"],
+        "ratio_single": seconds["peer_single"] / seconds["ours"],
         "seconds": {name: [run["seconds"] for run in found] for name, found in runs.items()},
     }

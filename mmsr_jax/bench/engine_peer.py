@@ -1,11 +1,13 @@
 """The original's way of sampling: transformers' `generate`, on the same weights."""
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
+from mmsr_jax.bench.engine_replay import Latency, call, tools
 from mmsr_jax.bench.peer import Peer, threads
 from mmsr_jax.bench.traces import Trace
 from mmsr_jax.types import Picture
@@ -100,31 +102,42 @@ class Generate:
         return out.cpu().numpy()
 
 
-def replay(generate: Generate, traces: Sequence[Trace], batch: int) -> dict:
+def replay(generate: Generate, traces: Sequence[Trace], latency: Latency, batch: int) -> dict:
     """A plain loop: `batch` conversations at a time, each encoded as a whole in every round.
 
-    Tools answer at once. A round samples as many tokens as the longest turn in it; what is too much
-    of the others is cut. Words that were recorded go on, as in every replay.
+    A round samples as many tokens as the longest turn in it; what is too much of the others is cut.
+    Then all tools are awaited. Words that were recorded go on, as in every replay.
 
     Returns: seconds, and the tokens that were asked for (what was too much does not count).
     """
-    began = time.perf_counter()
-    for at in range(0, len(traces), batch):
-        live = list(traces[at : at + batch])
-        turn = 0
-        while live:
-            known = 2 * turn + 1  # pieces
-            conversations = [
-                (
-                    np.concatenate([piece.ids for piece in trace.pieces[:known]]),
-                    np.concatenate([piece.image_index >= 0 for piece in trace.pieces[:known]]),
-                    trace.pictures(known),
+    began, idle = time.perf_counter(), 0.0
+    with tools(latency, batch) as toolbox:
+        for at in range(0, len(traces), batch):
+            live, turn = list(traces[at : at + batch]), 0
+            while live:
+                said = [_so_far(trace, 2 * turn + 1) for trace in live]
+                generate.say(said, max(trace.turns[turn] for trace in live))
+                turn += 1
+                live = [trace for trace in live if len(trace.turns) > turn]
+                start = time.perf_counter()
+                concurrent.futures.wait(
+                    [toolbox.submit(call(latency, trace, turn - 1)) for trace in live]
                 )
-                for trace in live
-            ]
-            generate.say(conversations, max(trace.turns[turn] for trace in live))
-            turn += 1
-            live = [trace for trace in live if len(trace.turns) > turn]
+                idle += time.perf_counter() - start
     seconds = time.perf_counter() - began
     tokens = sum(sum(trace.turns) for trace in traces)
-    return {"seconds": seconds, "tokens": tokens, "tokens_per_s": tokens / seconds}
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_s": tokens / seconds,
+        "no_work_share": idle / seconds,
+        "batch": batch,
+    }
+
+
+def _so_far(trace: Trace, pieces: int):
+    """A conversation as `Generate.say` takes it."""
+    known = trace.pieces[:pieces]
+    ids = np.concatenate([piece.ids for piece in known])
+    shown = np.concatenate([piece.image_index >= 0 for piece in known])
+    return ids, shown, trace.pictures(pieces)

@@ -82,9 +82,14 @@ def _replay(record: dict) -> list[str]:
             lines.append(f"faster than the {names[name]}: {times:.2f} times")
     if "loop" in record:
         loop = record["loop"]
-        lines.append(
-            f"plain loop of transformers, {loop['traces']} conversations, instant tools: "
-            f"{loop['peer']['seconds']:.2f} s, ours {loop['ours']['seconds']:.2f} s: "
-            f"{loop['ratio']:.2f} times faster"
-        )
+        lines.append(f"plain loop of transformers, {loop['traces']} conversations:")
+        for words, theirs, ours, ratio in (
+            ("instant tools, batch of the rows", "peer", "ours", "ratio"),
+            ("slow tools, batch of the rows", "peer_slow", "ours_slow", "ratio_slow"),
+            ("instant tools, one at a time", "peer_single", "ours", "ratio_single"),
+        ):
+            lines.append(
+                f"  {words:>32}: {loop[theirs]['seconds']:.2f} s, ours "
+                f"{loop[ours]['seconds']:.2f} s: {loop[ratio]:.2f} times faster"
+            )
     return lines

@@ -232,8 +232,10 @@ def _engine_parser(what) -> Parser:
     made.add_argument("--flight", type=int, help="trajectories in the engine (default: 64)")
     made.add_argument("--pages", type=int, help="of its pool (default: enough for all of them)")
     made.add_argument("--traces", help="JSONL of conversations to replay (default: drawn ones)")
-    made.add_argument("--groups", type=int, help="prompts that are drawn, 8 samples each")
-    made.add_argument("--loop-groups", type=int, help="of them in the plain loop (default: 8)")
+    made.add_argument(
+        "--groups", type=int, help="prompts that are drawn, 8 samples each (default: 96)"
+    )
+    made.add_argument("--loop-groups", type=int, help="of them in the plain loop (default: 32)")
     made.add_argument("--seed", type=int, help="of drawn conversations (default: 0)")
     made.add_argument("--repeats", type=int, help="of a replay (default: 3)")
     made.add_argument("--median", type=float, help="seconds of a tool call (default: 1)")
