@@ -3,6 +3,7 @@
 import pathlib
 
 from mmsr_jax.cli.endings import UsageError
+from mmsr_jax.cli.words import printable
 
 EXAMPLE = "mmsr search serve indices/articles --port 8000"
 FLAGS = "flags"
@@ -65,6 +66,14 @@ def _open(name: str, weights: str):
     from mmsr_jax.tools.index.open import open_index
 
     part = manifests.read(pathlib.Path(name)).pictures
+    named = "" if part is None else part.weights
+    # An index may come from anywhere; what is fetched from a hub is for the user to say.
+    if named and not weights and not pathlib.Path(named).is_dir():
+        raise UsageError(
+            f"there is no folder {printable(named)}, from which the pictures of {name} were "
+            f"embedded by {printable(part.embedder)}: --weights says where they are now (a folder, "
+            "or a hub id)"
+        )
     try:
         made = None if part is None else embedder(part.embedder, weights or part.weights)
     except ValueError as error:

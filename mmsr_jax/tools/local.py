@@ -113,8 +113,8 @@ def _formats() -> tuple[str, ...]:
 def load(picture: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes a picture to RGB on white.
 
-    A JPEG above `max_pixels` is decoded at 1/2, 1/4 or 1/8 of its sides, which takes no more
-    memory than its result.
+    A JPEG above `max_pixels` (and below `MAX_PIXELS`) is decoded at 1/2, 1/4 or 1/8 of its sides,
+    which takes no more memory than its result; not a progressive one, whose decoder keeps it all.
 
     Raises:
       ToolError: "failed" when it cannot be decoded, or has more pixels than allowed.
@@ -122,7 +122,8 @@ def load(picture: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(picture), formats=_formats())
         width, height = image.size
-        if image.format == "JPEG" and width * height > max_pixels:  # `draft` works once
+        small = image.format == "JPEG" and "progressive" not in image.info
+        if small and max_pixels < width * height <= MAX_PIXELS:  # `draft` works once
             scales = [n for n in (2, 4, 8) if -(-width // n) * -(-height // n) <= max_pixels]
             scale = scales[0] if scales else 8
             image.draft("RGB", (width // scale, height // scale))

@@ -89,6 +89,23 @@ def test_weights_that_have_moved_are_asked_for(folder, capsys):
     assert "there is no folder gone" in line and "--weights says where they are now" in line
 
 
+def test_an_index_does_not_choose_what_is_downloaded(folder, capsys, monkeypatch):
+    from mmsr_jax import embed
+
+    def fetch(*asked):
+        raise AssertionError(f"would fetch {asked}")
+
+    main(["search", "index", "source", "out"])
+    manifest = json.loads((folder / "out/manifest.json").read_text())
+    manifest["pictures"] |= {"embedder": "qwen2_5_vl", "weights": "stranger/weights"}
+    (folder / "out/manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(embed, "embedder", fetch)
+    capsys.readouterr()
+    assert main(["search", "serve", "out", "--port", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "there is no folder stranger/weights" in line and "--weights says" in line
+
+
 class Served:
     """`mmsr search serve` in a process of its own."""
 

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -116,6 +117,44 @@ def test_what_a_killed_build_left_goes_with_the_next(source, tmp_path):
     shutil.rmtree(tmp_path / "out")
     make(source, tmp_path / "out")
     assert not left.exists()
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_killed_between_the_two_renames_the_old_index_comes_back(source, tmp_path, opened):
+    """By opening it, and by the next build."""
+    out = tmp_path / "out"
+    first, _ = make(source, out)
+    (source / "more.txt").write_text("More words.")
+    code = (
+        "import os, signal\n"
+        "from mmsr_jax.tools.index import manifest\n"
+        "rename, done = os.rename, []\n"
+        "def once(*paths):\n"
+        "    if done: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    done.append(rename(*paths))\n"
+        "os.rename = once\n" + SLOW.replace("Slow()", "HashEmbedder(), replace=True")
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code, str(source), str(out)],
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+    )
+    assert child.returncode == -signal.SIGKILL and not out.exists()
+    if opened:
+        assert manifests.read(out) == first
+        with open_index(out) as index:
+            assert index.text.search("Nepal", 1)
+    else:
+        with pytest.raises(ValueError, match="--replace it"):
+            make(source, out)
+        assert manifests.read(out) == first
+    make(source, out, replace=True)
+    assert manifests.read(out).text.passages == 2 and not beside(out)
+
+
+def test_an_old_index_goes_where_there_is_a_new_one(source, tmp_path):
+    first, _ = make(source, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / ".out.old-killed")
+    assert manifests.read(tmp_path / "out") == first and not beside(tmp_path / "out")
 
 
 SLOW = """

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from mmsr_jax.tools.index import records as records_lib
 from mmsr_jax.tools.index.html_text import title_and_text
 from mmsr_jax.tools.index.records import Record, Source, passages
 
@@ -96,6 +97,46 @@ def test_parquet_with_pictures_as_bytes_or_structs(tmp_path):
     (tmp_path / "torn.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes()[:300])
     found, skipped = records(tmp_path)
     assert set(found) == {"a", "b"} and skipped["broken parquet file (ArrowInvalid)"] == 1
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path):
+    (tmp_path / "secret.txt").write_text("a secret")
+    (tmp_path / "secret.json").write_text('{"title": "a secret"}')
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "own.txt").write_text("mine")
+    (folder / "other.txt").symlink_to("own.txt")
+    (folder / "out.txt").symlink_to(tmp_path / "secret.txt")
+    for name in ("red", "blue"):
+        (folder / f"{name}.png").write_bytes(png(name))
+    (folder / "red.json").symlink_to(tmp_path / "secret.json")
+    (folder / "blue.json").write_text(json.dumps({"title": "x" * records_lib.MAX_BESIDE_BYTES}))
+    (folder / "in.jsonl").symlink_to(tmp_path / "secret.json")
+    found, skipped = records(folder)
+    assert set(found) == {"own.txt", "other.txt", "red.png", "blue.png"}
+    assert (found["red.png"].title, found["blue.png"].title) == ("red", "blue")
+    assert skipped == {
+        "link that leads out of the folder": 2,
+        "broken, large or linked .json beside a picture": 2,
+    }
+
+
+def test_pictures_in_parquet_are_few_at_a_time_and_not_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(records_lib, "MAX_FILE_BYTES", 1000)
+    sizes = []
+    batches = parquet.ParquetFile.iter_batches
+
+    def watched(file, rows, columns):
+        for batch in batches(file, rows, columns=columns):
+            sizes.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", watched)
+    images = [png()] * 40 + [b"x" * 1001]
+    parquet.write_table(arrow.table({"image": images}), tmp_path / "rows.parquet")
+    found, skipped = records(tmp_path / "rows.parquet")
+    assert len(found) == 40 and max(sizes) == 16
+    assert skipped == {"picture too large": 1, "row without text or picture": 1}
 
 
 def test_mistakes_name_the_cure(tmp_path):

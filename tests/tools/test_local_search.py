@@ -167,13 +167,22 @@ def test_what_is_searched_with_is_smaller_than_what_is_indexed(monkeypatch):
     assert local.load(picture(BLUE, WHITE, RED)).size == (60, 40)
 
 
-def test_a_jpeg_of_many_pixels_is_decoded_small():
+def test_a_jpeg_of_many_pixels_is_decoded_small(monkeypatch):
     out = io.BytesIO()
     Image.open(io.BytesIO(picture(BLUE, WHITE, RED, size=(600, 400)))).save(out, "JPEG")
     assert local.load(out.getvalue(), 240_000).size == (600, 400)
     assert local.load(out.getvalue(), 20_000).size == (150, 100)
     with pytest.raises(ToolError, match="600 x 400 pixels, at most 100"):
         local.load(out.getvalue(), 100)
+    monkeypatch.setattr(local, "MAX_PIXELS", 200_000)
+    with pytest.raises(ToolError, match="600 x 400 pixels, at most 20000"):
+        local.load(out.getvalue(), 20_000)
+    monkeypatch.undo()
+    whole = io.BytesIO()  # all of it stays in memory until its last scan is there
+    Image.open(out).save(whole, "JPEG", progressive=True)
+    assert local.load(whole.getvalue(), 240_000).size == (600, 400)
+    with pytest.raises(ToolError, match="600 x 400 pixels, at most 20000"):
+        local.load(whole.getvalue(), 20_000)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK"])

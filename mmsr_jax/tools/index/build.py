@@ -78,6 +78,7 @@ def build(
     """
     reading, out = Source(source), pathlib.Path(out)
     fingerprint = _fingerprint(reading, config, embedder)
+    manifests.restore(out)
     if out.exists() or out.is_symlink():
         try:
             there = manifests.read(out)
@@ -188,21 +189,14 @@ def _umask() -> int:
 
 def _settle(folder: pathlib.Path, out: pathlib.Path) -> None:
     """Puts a finished folder in its place; an older index goes only when it is there."""
-    (folder / LOCK).unlink()
     for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-    if not out.exists():
+    if out.exists():
+        manifests.replace(folder, out)
+    else:
         os.rename(folder, out)
-        return
-    old = folder.with_name(folder.name.replace("building", "old"))
-    os.rename(out, old)
-    try:
-        os.rename(folder, out)
-    except OSError:
-        os.rename(old, out)
-        raise
-    shutil.rmtree(old)
+    (out / LOCK).unlink()  # last: a folder that a kill leaves beside must still have it to go

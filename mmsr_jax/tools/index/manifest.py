@@ -1,9 +1,14 @@
 """`manifest.json`: what an index folder is, how it was built, and from what."""
 
+import contextlib
 import dataclasses
+import fcntl
+import glob
 import json
 import os
 import pathlib
+import shutil
+from collections.abc import Iterator
 
 import pydantic
 
@@ -53,12 +58,52 @@ def write(folder: pathlib.Path, manifest: Manifest) -> None:
         os.fsync(opened.fileno())
 
 
+@contextlib.contextmanager
+def _held(folder: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process holds the folder, and holds it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def replace(folder: pathlib.Path, out: pathlib.Path) -> None:
+    """Puts a finished index in the place of the one at `out`, which goes after that.
+
+    A kill between the two renames leaves the old one as `.NAME.old-*` beside; `restore` knows it.
+    """
+    old = folder.with_name(f".{out.name}.old-{folder.name.rpartition('-')[2]}")
+    with _held(out):
+        os.rename(out, old)
+        try:
+            os.rename(folder, out)
+        except OSError:
+            os.rename(old, out)
+            raise
+        shutil.rmtree(old)
+
+
+def restore(out: pathlib.Path) -> None:
+    """Ends what a killed `replace` has begun: an old index comes back where there is no new one,
+    and goes where there is. Nothing happens where files may not be changed."""
+    for old in out.parent.glob(f".{glob.escape(out.name)}.old-*"):
+        # Held by a living `replace`, it will be gone in a moment, and the new one there.
+        with contextlib.suppress(OSError), _held(old):
+            if out.exists():
+                shutil.rmtree(old)
+            else:
+                os.rename(old, out)
+
+
 def read(folder: pathlib.Path) -> Manifest:
     """The manifest of an index folder.
 
     Raises:
         ValueError: no index there, a damaged manifest, or another format.
     """
+    restore(folder)
     path = folder / FILE
     again = "build the index again: mmsr search index SOURCE OUT"
     try:

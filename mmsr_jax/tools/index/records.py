@@ -3,6 +3,7 @@
 import base64
 import binascii
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,7 +18,9 @@ TEXTS = {".txt", ".md", ".html", ".htm"}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 MAX_FILE_BYTES = 64_000_000  # one document or picture; larger ones are skipped and counted
 MAX_LINE_BYTES = 64_000_000  # one line of .jsonl
+MAX_BESIDE_BYTES = 1_000_000  # .json beside a picture
 PARQUET_ROWS = 1024  # read at a time
+PARQUET_PICTURES = 16  # of rows with pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Source:
     .jsonl is base64 or a path inside the folder; in parquet bytes or a struct with `bytes`.
     `NAME.json` beside a picture gives its `title` and `link`.
 
-    What cannot be read is left out and counted in `skipped` (reason -> count).
+    Links that lead out of the folder are not followed. What cannot be read is left out and counted
+    in `skipped` (reason -> count).
 
     Raises:
         ValueError: no such source, or nothing in it that could be indexed.
@@ -79,6 +83,10 @@ class Source:
         self.skipped.clear()
         for file in self.files:
             kind = file.suffix.lower()
+            if not self._inside(file):
+                self.skipped["link that leads out of the folder"] += 1
+                yield None, 0
+                continue
             try:
                 if kind == ".parquet":
                     yield from self._parquet(file)
@@ -89,6 +97,10 @@ class Source:
             except OSError as error:
                 self.skipped[f"unreadable file ({error.strerror})"] += 1
                 yield None, 0
+
+    def _inside(self, file: pathlib.Path) -> bool:
+        """A folder of a stranger's must not be able to show the rest of the disk."""
+        return file.resolve().is_relative_to(self.root.resolve())
 
     def _file(self, file: pathlib.Path, kind: str) -> Record | None:
         name = _clean(file.relative_to(self.root).as_posix())
@@ -116,12 +128,12 @@ class Source:
     def _beside(self, file: pathlib.Path) -> dict:
         if not file.is_file():
             return {}
-        try:
-            found = json.loads(file.read_bytes())
-        except (ValueError, RecursionError):
-            found = None
+        found = None
+        if self._inside(file) and file.stat().st_size <= MAX_BESIDE_BYTES:
+            with contextlib.suppress(ValueError, RecursionError):
+                found = json.loads(file.read_bytes())
         if not isinstance(found, dict):
-            self.skipped["broken .json beside a picture"] += 1
+            self.skipped["broken, large or linked .json beside a picture"] += 1
             return {}
         return found
 
@@ -158,8 +170,7 @@ class Source:
         """A picture given as a path in the folder, or as base64."""
         try:
             path = (self.root / str(image)).resolve()
-            # A line of data must not be able to read the rest of the disk.
-            if path.is_relative_to(self.root.resolve()) and path.is_file():
+            if self._inside(path) and path.is_file():
                 return path.read_bytes() if path.stat().st_size <= MAX_FILE_BYTES else None
         except (OSError, ValueError):  # base64 is too long for a name, or has odd characters
             pass
@@ -184,13 +195,17 @@ class Source:
                 there = ", ".join(opened.schema_arrow.names)
                 raise ValueError(f"{file} has columns {there}; text, contents or image needed")
             number, share = 0, file.stat().st_size / max(1, opened.metadata.num_rows)
-            for batch in opened.iter_batches(PARQUET_ROWS, columns=present):
+            rows = PARQUET_PICTURES if "image" in present else PARQUET_ROWS
+            for batch in opened.iter_batches(rows, columns=present):
                 for row in batch.to_pylist():
                     image = row.get("image")
                     if isinstance(image, dict):
                         image = image.get("bytes")
                     if image is not None and not isinstance(image, bytes):
                         self.skipped["picture that is not bytes"] += 1
+                        image = None
+                    if image is not None and len(image) > MAX_FILE_BYTES:
+                        self.skipped["picture too large"] += 1
                         image = None
                     number += 1
                     done = round(number * share) - round((number - 1) * share)
