@@ -114,7 +114,8 @@ def test_calls_that_time_out_in_the_queue_cost_nothing():
             return len(server.heads)
 
     sent = asyncio.run(run())
-    assert 1 <= sent < 20 and budget.spent == sent * 0.25
+    # The last one may have gone out without having been read when everything ended.
+    assert 1 <= sent < 20 and budget.spent in (sent * 0.25, (sent + 1) * 0.25)
 
 
 def test_a_caller_that_leaves_pays_for_what_went_out():
