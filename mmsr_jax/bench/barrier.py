@@ -21,7 +21,7 @@ def replay(engine: Engine, traces: Sequence[Trace], latency: Latency, batch: int
 
     `no_work_share` is the time in which tools were awaited and nothing else done.
     """
-    engine.features.clear()
+    engine.device.features.clear()
     before, began, idle, timeouts = engine.counters, time.perf_counter(), 0.0, 0
     with tools(latency, batch) as toolbox:
         for at in range(0, len(traces), batch):

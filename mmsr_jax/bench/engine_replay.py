@@ -120,7 +120,7 @@ def replay(engine: Engine, traces: Sequence[Trace], latency: Latency) -> dict:
     Returns: the figures. `steady` is the time until the last prompt had entered the engine: in a
         run that goes on, the end has no weight.
     """
-    engine.features.clear()
+    engine.device.features.clear()
     before, began, idle = engine.counters, time.perf_counter(), 0.0
     waiting = collections.deque(by_group(traces))
     live: dict[int, tuple[Trace, int]] = {}  # number -> trace, turns said

@@ -225,6 +225,7 @@ class _Writer:
             positions=positions + np.int32(start),
             image_index=index,
             logprobs=np.zeros(count, np.float32),
+            versions=np.full(count, 0 if author == "model" else -1, np.int32),
             pictures=tuple(self._picture(*picture) for picture in pictures),
             next_position=start + count + delta,
         )

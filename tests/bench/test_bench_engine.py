@@ -85,7 +85,7 @@ def test_a_replay_does_the_recorded_work_and_nothing_twice(machine, played, word
 
 
 def test_a_small_pool_feeds_some_tokens_again(small, machine, played):
-    pages = machine._table + 3
+    pages = machine.device.table + 3
     tight = engine_replay.warm(small, machine.params, engine_replay.sizes(played, 4, 12, pages))
     run = engine_replay.replay(tight, played, NOW)
     assert run["dropped"] > 0 and run["again_tokens"] > 0

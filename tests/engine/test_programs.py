@@ -37,6 +37,7 @@ def programs(model, engine: EngineConfig, mesh) -> dict:
     As `Engine` calls them: small arrays come whole from the host.
     """
     graph, params = qwen.abstract(model, mesh, ROLLOUT_RULES)
+    graph = steps.Graph(graph)
     table = -(-engine.slots // engine.page)
     pages = engine.pages or engine.rows * table
     pool = (model.text.layers * pages, engine.page, 2 * model.text.kv_heads, model.text.head_dim)
