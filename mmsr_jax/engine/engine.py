@@ -84,6 +84,20 @@ class Engine:
             "encoded_pictures": self.device.features.encoded,
         }
 
+    def usage(self, before: dict[str, int], seconds: float) -> dict[str, float]:
+        """What was done since `counters` were `before`, `seconds` ago.
+
+        Occupancy is the share of row steps that sampled a token.
+        """
+        spent = {name: value - before[name] for name, value in self.counters.items()}
+        return {
+            "tokens_per_second": spent["sampled_tokens"] / seconds,
+            "occupancy": spent["sampled_tokens"] / max(spent["row_steps"], 1),
+            "prefill_tokens": spent["prefill_tokens"],
+            "prefill_again": spent["again_tokens"],
+            "dropped": spent["dropped"],
+        }
+
     @property
     def params(self):
         """The weights, as `set_params` laid them out; None gives their memory back."""

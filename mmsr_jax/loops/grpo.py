@@ -142,7 +142,7 @@ class _Sampler:
             "step": step,
             "data": self.stream.state(),
             "skipped": self.job.skipped,
-            "carried": [{"origin": d.origin, "visit": d.ask.visit} for d in self.supply.in_flight],
+            "carried": [{"origin": drawn.origin} for drawn in self.supply.in_flight],
         }
 
     def sample(self, number: int) -> tuple[list[list[Trajectory]], dict[str, float]]:
@@ -152,16 +152,11 @@ class _Sampler:
         waited, began = self.rollouts.tools_wait, time.perf_counter()
         groups = self.supply.take(self.experiment.grpo.steps - number)
         took = time.perf_counter() - began
-        spent = {k: v - counters[k] for k, v in self.job.engine.counters.items()}
-        return groups, {
+        used = self.job.engine.usage(counters, took)
+        return groups, {f"engine/{name}": value for name, value in used.items()} | {
             "data/questions": self.supply.drawn - asked,
             "time/rollout": took,
             "time/tools_wait": self.rollouts.tools_wait - waited,
-            "engine/tokens_per_second": spent["sampled_tokens"] / took,
-            "engine/occupancy": spent["sampled_tokens"] / max(spent["row_steps"], 1),
-            "engine/prefill_tokens": spent["prefill_tokens"],
-            "engine/prefill_again": spent["again_tokens"],
-            "engine/dropped": spent["dropped"],
             "rollout/carried": len(self.supply.in_flight),
         }
 
@@ -175,4 +170,4 @@ class _Sampler:
         self.bad += 1
         self.job.skipped += 1
         if self.bad > 10 * self.experiment.grpo.prompts:
-            raise RuntimeError(f"{self.bad} questions in a row cannot be asked: {error}")
+            raise RuntimeError(f"{self.bad} questions of one step cannot be asked: {error}")

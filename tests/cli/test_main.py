@@ -1,7 +1,6 @@
 import dataclasses
 import io
 import json
-import logging
 import subprocess
 import sys
 import types
@@ -24,16 +23,6 @@ class Small:
 def get_config():
     return Small()
 """
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before():
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("mmsr_jax").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import pickle
 import sys
 import threading
@@ -15,16 +14,6 @@ from PIL import Image
 
 from mmsr_jax.cli import blocks
 from mmsr_jax.cli.main import main
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before():
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("mmsr_jax").setLevel(logging.NOTSET)
 
 
 class Serper(BaseHTTPRequestHandler):

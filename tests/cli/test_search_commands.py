@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import logging
 import os
 import pathlib
 import signal
@@ -14,16 +13,6 @@ import pytest
 from PIL import Image
 
 from mmsr_jax.cli.main import main
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before():
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("mmsr_jax").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -159,6 +159,14 @@ def test_rows_pause_at_an_end_token_their_budget_or_the_last_slot(tiny):
     assert turn.ids.size == 3 and not turn.stopped
 
 
+def test_slots_need_not_be_whole_pages(tiny):
+    config = dataclasses.replace(tiny.engine_config, slots=98)
+    engine = tiny.engine(config=config)
+    filler = tiny.prompt("?" * (98 - len(tiny.prompt("")) - 2))
+    (turn,) = sample(engine, filler, (stream(5),), 12)
+    assert len(filler) == 96 and turn.ids.size == 3 and not turn.stopped
+
+
 def test_counters(tiny):
     engine = tiny.engine()
     sample(engine, tiny.prompt("What capital?"), (stream(0), stream(1)), 9)

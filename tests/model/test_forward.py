@@ -282,6 +282,19 @@ def test_cached_attention_equals_the_reference_and_ignores_the_neighbours(page):
             np.testing.assert_array_equal(alone[row], found[row])
 
 
+def test_what_is_not_finite_in_another_rows_page_stays_there():
+    """Beyond a row's end its table points anywhere; 0 times infinity would be no number."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(1, 1, 4, 8)), jnp.float32)
+    kv = np.asarray(rng.normal(size=(3, 4, 4, 8)), np.float32)
+    kv[1:] = np.nan
+    kv[0, 2:] = np.inf
+    tables, own = jnp.asarray([[0, 1, 2]]), jnp.asarray([[1]], jnp.int32)
+    found = attend_cached(q, jnp.asarray(kv), tables, 0, own, 12)
+    clean = attend_cached(q, jnp.nan_to_num(kv, posinf=0), tables, 0, own, 12)
+    np.testing.assert_array_equal(found, clean)
+
+
 def test_parts_of_one_conversation_may_sit_in_several_rows(model, rows, features, whole):
     graph, params = model
     ids = rows[0][0]
