@@ -254,8 +254,7 @@ class Job:
         """LoRA's frozen weights as the engine has them, laid out once."""
         if self.base is None:
             return None
-        base = relayout(self.base, lora_lib.split(self._rollout[1])[0])
-        return qwen.unstack(base) if self.engine.apart else base
+        return self.engine.lay_out(relayout(self.base, lora_lib.split(self._rollout[1])[0]))
 
     def sync(self, params, keep_cache: bool = False) -> None:
         """Gives the engine what was trained, laid out for rollouts, on the base it knows.
@@ -265,9 +264,8 @@ class Job:
         """
         shapes = self._rollout[1] if self.base is None else lora_lib.split(self._rollout[1])[1]
         self.engine.params = None  # the old ones go before the new ones come: never two copies
-        params = relayout(params, shapes)
-        if self.base is not None and self.engine.apart:
-            params = qwen.unstack(params)  # as the base is, so that the two can be joined
+        # An adapter as the base is, so that the two can be joined.
+        params = self.engine.lay_out(relayout(params, shapes))
         self.engine.set_params(state_lib.whole(params, self._rollout_base), keep_cache)
 
     @functools.cached_property

@@ -25,7 +25,6 @@ def choose(logits, keys, counts, temperature):
     """
     greedy = temperature <= 0
     scaled = logits / jnp.where(greedy, 1.0, temperature)
-    logprobs = jax.nn.log_softmax(scaled, axis=-1)
 
     def noise(key, count):
         return jax.random.gumbel(jax.random.fold_in(key, count), (logits.shape[-1],))
@@ -33,5 +32,10 @@ def choose(logits, keys, counts, temperature):
     # Gumbel-max: argmax of logits + noise is a sample; without noise it is the greedy choice, and
     # drawing noise costs more than the rest of this.
     noisy = jax.lax.cond(greedy, lambda: scaled, lambda: scaled + jax.vmap(noise)(keys, counts))
-    token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
-    return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+    # The first of the largest. `jnp.argmax`, a reduction of pairs, takes XLA on CPU several times
+    # as long as two of numbers. Where logits are no numbers it is the last id.
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    largest = noisy == noisy.max(axis=-1, keepdims=True)
+    token = jnp.where(largest, ids, logits.shape[-1] - 1).min(axis=-1)
+    chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
+    return token, chosen - jax.nn.logsumexp(scaled, axis=-1)

@@ -25,7 +25,7 @@ from mmsr_jax.engine.requests import Request, Resume, SampledTurn
 from mmsr_jax.engine.schedule import Schedule
 from mmsr_jax.engine.sequence import Sequence, Status
 from mmsr_jax.inputs.pictures import check_rows
-from mmsr_jax.model import qwen2_5_vl as qwen
+from mmsr_jax.model.apart import cores, unstack
 from mmsr_jax.types import Picture, Tokens
 
 
@@ -133,18 +133,25 @@ class Engine:
     def set_params(self, params, keep_cache: bool = False) -> None:
         """Takes new weights; features of pictures belong to the old ones and are forgotten.
 
-        On CPU layers are kept apart, in memory of their own: see `qwen2_5_vl.unstack`.
+        On CPU layers are kept apart, in memory of their own: see `lay_out`.
 
         Args:
           keep_cache: trajectories in flight keep the keys and values of the old weights. Otherwise
             theirs are computed anew before they go on.
         """
-        self.params = qwen.unstack(params) if self.apart else params
+        self.params = self.lay_out(params)
         self.version += 1
         self.device.features.clear()
         if not keep_cache:
             for sequence in self.schedule.sequences.values():
                 self.schedule.drop(sequence)
+
+    def lay_out(self, params):
+        """Weights as the programs want them; what is so already is shared, not copied.
+
+        On one CPU device layers are kept apart and the token table is cut: `model.apart.unstack`.
+        """
+        return unstack(params, cores()) if self.apart else params
 
     def warm_up(self) -> None:
         """Compiles every program, with nothing to do; the state stays as it is."""

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from mmsr_jax.engine.choose import choose
 from mmsr_jax.model import cache as cache_lib
 from mmsr_jax.model import qwen2_5_vl as qwen
+from mmsr_jax.model import window as window_lib
 
 
 class Graph:
@@ -120,11 +121,16 @@ def decode(
     Returns: the pool, and Sampled.
     """
     count = rows.pending.shape[0]
-    slots = rows.tables.shape[1] * kv.shape[1]
+    slots = rows.tables.shape[1] * cache_lib.sizes(kv)[0]
     every = jnp.arange(count)
     stops = jnp.asarray(eos_ids, jnp.int32)
     keys = jax.random.wrap_key_data(rows.keys, impl="threefry2x32")
     began = rows.left > 0
+
+    pages = cache = qwen.Cache(kv=kv, tables=rows.tables, lengths=rows.lengths)
+    layers = params["text"]["layers"]
+    if cache_lib.heads_first(kv) and isinstance(layers, tuple):  # the engine on one CPU
+        cache = window_lib.gather(pages, len(layers), steps)
 
     def more(carry):
         step, active = carry[0], carry[1]
@@ -132,14 +138,13 @@ def decode(
         return (step < steps) & active.any() & (paused < patience)
 
     def body(carry):
-        step, active, kv, pending, counts, ids, logprobs = carry
+        step, active, cache, pending, counts, ids, logprobs = carry
         inputs = qwen.Inputs(
             ids=pending[:, None],
             positions=jnp.broadcast_to((rows.position + counts)[None, :, None], (3, count, 1)),
             segments=active[:, None].astype(jnp.int32),
             image_index=jnp.full((count, 1), -1, jnp.int32),
         )
-        cache = qwen.Cache(kv=kv, tables=rows.tables, lengths=rows.lengths + counts)
         out = qwen.forward(graph.graph, params, inputs, cache, logits=False)
         logits = qwen.token_logits(graph.graph, params, out.hidden[:, 0])
         token, logprob = choose(logits, keys, rows.sampled + counts, temperature)
@@ -151,10 +156,11 @@ def decode(
         done = (token[:, None] == stops[None]).any(-1) | (counts >= rows.left)
         done |= rows.lengths + counts >= slots
         pending = jnp.where(active, token, pending)
-        return step + 1, active & ~done, out.cache.kv, pending, counts, ids, logprobs
+        return step + 1, active & ~done, out.cache, pending, counts, ids, logprobs
 
     zeros = jnp.zeros((count,), jnp.int32)
     ids = jnp.zeros((count, steps), jnp.int32)
-    carry = (jnp.int32(0), began, kv, rows.pending, zeros, ids, ids.astype(jnp.float32))
-    step, active, kv, _, counts, ids, logprobs = jax.lax.while_loop(more, body, carry)
+    carry = (jnp.int32(0), began, cache, rows.pending, zeros, ids, ids.astype(jnp.float32))
+    step, active, cache, _, counts, ids, logprobs = jax.lax.while_loop(more, body, carry)
+    kv = cache.kv if isinstance(cache, qwen.Cache) else window_lib.scatter(pages, cache, counts)
     return kv, Sampled(ids, logprobs, counts, active, step)

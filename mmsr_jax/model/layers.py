@@ -84,8 +84,23 @@ class Embedding(nnx.Module):
         table = jax.random.normal(rngs.params(), (vocab, size), jnp.float32) / math.sqrt(size)
         self.table = nnx.Param(table.astype(param_dtype), axes=("vocab", "embed"))
 
+    @property
+    def parts(self) -> tuple[jax.Array, ...]:
+        """The table [V, D], in parts where it was cut (see `apart.unstack`)."""
+        table = self.table.get_value()
+        return table if isinstance(table, tuple) else (table,)
+
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.table[...], ids, axis=0, mode="clip").astype(self.dtype)
+        parts = self.parts
+        if len(parts) == 1:
+            return jnp.take(parts[0], ids, axis=0, mode="clip").astype(self.dtype)
+        ids = jnp.clip(ids, 0, sum(len(part) for part in parts) - 1)
+        out, start = 0, 0
+        for part in parts:  # each id is in one of them
+            at = jnp.where(ids < start, len(part), ids - start)
+            out = out + part.at[at].get(mode="fill", fill_value=0)
+            start += len(part)
+        return out.astype(self.dtype)
 
 
 class GatedMLP(nnx.Module):

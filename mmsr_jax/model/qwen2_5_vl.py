@@ -9,7 +9,6 @@ Flax stays below this line; above it parameters are what optax, orbax and the en
 
 import dataclasses
 import functools
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,8 @@ from jax.sharding import Mesh
 
 from mmsr_jax.model import cache as cache_lib
 from mmsr_jax.model import lora as lora_lib
+from mmsr_jax.model.apart import unstack
+from mmsr_jax.model.attention import choose
 from mmsr_jax.model.cache import PAGE, Cache
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.model.text import TextModel
@@ -163,35 +164,13 @@ def init_pages(
     mesh: Mesh | None = None,
     rules: Rules = ROLLOUT_RULES,
 ) -> jax.Array:
-    """A pool of `pages` pages of `page` slots for every layer: [L * P, S, 2K, H] of zeros."""
-    text = config.text
-    shape = (text.layers * pages, page, 2 * text.kv_heads, text.head_dim)
-    sharding = cache_lib.sharding(Placement(mesh, rules), shape)
-    return jnp.zeros(shape, config.dtype, device=sharding)
-
-
-def unstack(params: dict) -> dict:
-    """Parameters whose `layers` are a tuple with one tree a layer, not one tree of stacks.
-
-    Everything here takes either; gradients come in the form of the parameters. A stack compiles
-    once for all layers and is what files, optimisers and meshes know, but a loop over it copies
-    each layer's weights out before they are used. On CPU that is half as much again as decoding
-    costs, so the engine keeps its weights apart there. The other leaves are shared, not copied.
-    """
-    towers = {}
-    for tower in ("text", "vision"):
-        if "layers" not in params.get(tower, {}):  # an adapter of the other tower
-            continue
-        layers = params[tower]["layers"]
-        if not isinstance(layers, tuple):
-            layers = _apart(layers, jax.tree.leaves(layers)[0].shape[0])
-        towers[tower] = {**params[tower], "layers": layers}
-    return {**params, **towers}
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _apart(layers: dict, count: int) -> tuple[dict, ...]:
-    return tuple(jax.tree.map(operator.itemgetter(index), layers) for index in range(count))
+    """A pool of `pages` pages of `page` slots for every layer, zeros, in the platform's order."""
+    text, place = config.text, Placement(mesh, rules)
+    heads_first = mesh is None and choose.platform_of(place) == "cpu"
+    shape = cache_lib.pool_shape(
+        text.layers * pages, page, text.kv_heads, text.head_dim, heads_first
+    )
+    return jnp.zeros(shape, config.dtype, device=cache_lib.sharding(place, shape))
 
 
 def _merge(graph, params: dict) -> tuple[Qwen25VL, dict]:

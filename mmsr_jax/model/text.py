@@ -5,10 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmsr_jax.model import rope
+from mmsr_jax.model import window as window_lib
 from mmsr_jax.model.attention import bind, bind_cached
 from mmsr_jax.model.cache import Cache, places, sharding, write
 from mmsr_jax.model.config import ModelConfig
 from mmsr_jax.model.layers import Dense, Embedding, GatedMLP, RMSNorm
+from mmsr_jax.model.window import Window
 from mmsr_jax.parallel.rules import Placement
 
 
@@ -86,7 +88,7 @@ class TextModel(nnx.Module):
         self,
         inputs,
         features: jax.Array | None,
-        cache: Cache | None,
+        cache: Cache | Window | None,
         apart: tuple[dict, ...] | None = None,
     ):
         """Hidden states [B, T, D] after the final norm, and the grown cache.
@@ -102,6 +104,8 @@ class TextModel(nnx.Module):
         turn = cos.astype(x.dtype), sin.astype(x.dtype)
         if cache is None:
             x = self._run(x, turn, inputs.segments, apart)
+        elif isinstance(cache, Window):
+            x, cache = self._run_window(x, turn, inputs.segments[:, 0] > 0, cache, apart)
         else:
             x, cache = self._run_cached(x, turn, inputs.segments, cache, apart)
         return self.norm(x), cache
@@ -110,16 +114,18 @@ class TextModel(nnx.Module):
         """Logits float32 [..., V] of hidden states [..., D]."""
         lead, hidden = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
         # Contract without transposing the table: in a small model it is as large as the rest.
-        if self.head is None:
-            table, dim = self.embed.table[...], 1
-        else:
-            table, dim = self.head.kernel[...], 0
-        logits = jax.lax.dot_general(
-            hidden.astype(self.config.dtype),
-            table.astype(self.config.dtype),
-            (((1,), (dim,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        tables, dim = (self.embed.parts, 1) if self.head is None else ((self.head.kernel[...],), 0)
+        hidden = hidden.astype(self.config.dtype)
+        logits = [
+            jax.lax.dot_general(
+                hidden,
+                table.astype(self.config.dtype),
+                (((1,), (dim,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            for table in tables
+        ]
+        logits = logits[0] if len(logits) == 1 else jnp.concatenate(logits, axis=-1)
         return logits.reshape(lead + (self.config.text.vocab_size,))
 
     def _embed(self, ids, image_index, features):
@@ -188,3 +194,15 @@ class TextModel(nnx.Module):
         if self.place.mesh is not None:  # as it came: a donated pool is used in place
             kv = jax.lax.with_sharding_constraint(kv, sharding(self.place, kv.shape))
         return x, Cache(kv=kv, tables=cache.tables, lengths=grown)
+
+    def _run_window(self, x, turn, active, window, apart):
+        if apart is None:
+            raise ValueError("a window is for layers apart: unstack the parameters")
+        graph, _ = nnx.split(self.layers)
+        layers = []
+        for index, layer_params in enumerate(apart):
+            layer = nnx.merge(graph, layer_params)
+            attended, grown = window_lib.attend(window, index, *layer.before(x, *turn), active)
+            layers.append(grown)
+            x = layer.after(x, attended)
+        return x, Window(tuple(layers), window.steps + 1, window.lengths + active)

@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
 from mmsr_jax.model import qwen2_5_vl
 from mmsr_jax.model.attention import cached, choose, paged, ragged
 from mmsr_jax.model.attention.cached import bind_cached
-from mmsr_jax.model.cache import Cache, sharding
+from mmsr_jax.model.cache import Cache, heads_first, sharding
 from mmsr_jax.model.config import preset
 from mmsr_jax.parallel import topology
 from mmsr_jax.parallel.mesh import MeshConfig
@@ -71,6 +71,12 @@ def example(length, page, heads, kv_heads, size, dtype="float32", slots=96) -> E
         jnp.asarray(np.arange(length) < new[:, None], jnp.int32),
         pages,
     )
+
+
+def other_order(kv):
+    """A pool [X, S, 2K, H] heads first: [X, 2, K, S, H]."""
+    pages, page, both, size = kv.shape
+    return kv.reshape(pages, page, both // 2, 2, size).transpose(0, 3, 2, 1, 4)
 
 
 def attended(name, case: Example):
@@ -165,9 +171,10 @@ def prompt(rng):
     """Three rows of up to 9 new tokens onto caches of 0, 5 and 16 tokens."""
     new = np.arange(9) < np.asarray([[9], [4], [7]])
     cache = qwen2_5_vl.init_cache(TINY, 3, 32, page=8)
+    kv = jnp.asarray(rng.normal(size=(24, 8, 4, 32)), jnp.float32)
     cache = dataclasses.replace(
         cache,
-        kv=jnp.asarray(rng.normal(size=cache.kv.shape), jnp.float32),
+        kv=other_order(kv) if heads_first(cache.kv) else kv,
         lengths=jnp.asarray([0, 5, 16], jnp.int32),
     )
     at = np.asarray(cache.lengths)[:, None] + np.arange(9)

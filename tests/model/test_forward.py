@@ -10,8 +10,8 @@ import pytest
 
 from mmsr_jax.inputs import layout
 from mmsr_jax.model import qwen2_5_vl
-from mmsr_jax.model.attention import attend, attend_cached
-from mmsr_jax.model.cache import copy_pages
+from mmsr_jax.model.attention import attend, attend_cached, xla
+from mmsr_jax.model.cache import copy_pages, heads_first
 from mmsr_jax.model.config import preset
 from mmsr_jax.model.qwen2_5_vl import Inputs
 from mmsr_jax.types import Picture
@@ -144,7 +144,9 @@ def test_padding_writes_nothing_to_the_cache(model, rows, features):
     graph, params = model
     cache = qwen2_5_vl.init_cache(CONFIG, 3, SLOTS)
     out = forward(graph, params, batch(rows, 48), cache, features=features)
-    by_row = np.asarray(out.cache.kv).reshape(2, 3, -1, *out.cache.kv.shape[2:])
+    kv = np.asarray(out.cache.kv)
+    kv = np.moveaxis(kv, 3, 1) if heads_first(kv) else kv
+    by_row = kv.reshape(2, 3, -1, *kv.shape[2:])
     for number, (ids, _, _) in enumerate(rows):
         assert not by_row[:, number, len(ids) :].any()
         assert by_row[:, number, len(ids) - 1].any()
@@ -258,9 +260,18 @@ def test_attention_of_a_row_that_may_see_nothing_is_finite():
     np.testing.assert_allclose(out, 2.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("page", [4, 16, 32])
-def test_cached_attention_equals_the_reference_and_ignores_the_neighbours(page):
-    """Pages lie anywhere in the pool, and two rows share their first one."""
+def other_order(kv):
+    """A pool [X, S, 2K, H] heads first: [X, 2, K, S, H]."""
+    pages, page, both, size = kv.shape
+    return kv.reshape(pages, page, both // 2, 2, size).transpose(0, 3, 2, 1, 4)
+
+
+@pytest.mark.parametrize("page, turned", [(4, False), (16, False), (32, False), (8, True)])
+def test_cached_attention_equals_the_reference_and_ignores_the_neighbours(
+    page, turned, monkeypatch
+):
+    """Pages lie anywhere in the pool, and two rows share their first one; blocks of 32 slots."""
+    monkeypatch.setattr(xla, "SLOTS", 32)
     rng = np.random.default_rng(page)
     rows, queries, layers, each = 3, 2, 2, 96 // page
     q = jnp.asarray(rng.normal(size=(rows, queries, 4, 8)), jnp.float32)
@@ -268,17 +279,18 @@ def test_cached_attention_equals_the_reference_and_ignores_the_neighbours(page):
     kv = jnp.asarray(rng.normal(size=(layers * pages, page, 4, 8)), jnp.float32)
     tables = rng.permutation(pages)[: rows * each].reshape(rows, each).astype(np.int32)
     tables[1, 0] = tables[0, 0]
-    run = jax.jit(attend_cached)
+    run = jax.jit(lambda *arguments: attend_cached(*arguments))
+    pool = other_order(kv) if turned else kv
     ends = [3, 48, 96]
     own = jnp.asarray([[end - 2, end - 1] for end in ends], jnp.int32)
     mask = jnp.arange(96) <= own[:, :, None]
     for layer in range(layers):
         lines = kv[layer * pages + tables].reshape(rows, 96, 2, 2, 8)
-        found = run(q, kv, tables, layer * pages, own, 96)
+        found = run(q, pool, tables, layer * pages, own, 96)
         expected = attend(q, lines[..., 0, :], lines[..., 1, :], mask)
         np.testing.assert_allclose(found, expected, atol=1e-6)
         for row, end in enumerate(ends):  # the longest row decides how much is read
-            alone = run(q, kv, tables, layer * pages, own, end)
+            alone = run(q, pool, tables, layer * pages, own, end)
             np.testing.assert_array_equal(alone[row], found[row])
 
 

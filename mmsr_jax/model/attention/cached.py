@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 from mmsr_jax.model.attention import choose
 from mmsr_jax.model.attention.xla import attend_cached
-from mmsr_jax.model.cache import Cache
+from mmsr_jax.model.cache import Cache, sizes
 from mmsr_jax.parallel.rules import Placement
 
 # Of q [B, T, N, H], the pool [L * P, S, 2K, H] after this layer's keys and values were written,
@@ -140,7 +140,7 @@ def bind_cached(
     Raises:
         ValueError: `wanted` cannot serve this case (see `choose_cached`).
     """
-    page, kv_heads, size = cache.kv.shape[1], cache.kv.shape[2] // 2, cache.kv.shape[3]
+    page, kv_heads, size = sizes(cache.kv)
     rows, length = segments.shape
     shape = (rows, length, kv_heads, size)
     own = place.of(("batch", None, "kv_heads", "head"), shape)

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax.lax import dot_general
 
+from mmsr_jax.model.cache import read, sizes
+
 SCORES = 2**20  # of one layer at a time, where that leaves blocks of QUERIES: what caches hold
 QUERIES = 128  # a block, at least
+SLOTS = 384  # of the cache at a time, at most
 BATCH = ((0, 1), (0, 1))
 
 
@@ -145,15 +148,15 @@ def segment_mask(segments: jax.Array) -> jax.Array:
 
 
 def attend_cached(q, kv, tables, first, own, reach):
-    """Attention of new tokens to the cache, page by page with a running softmax.
+    """Attention of new tokens to the cache, block by block of its slots with a running softmax.
 
-    A page that a row does not reach adds exact zeros, so a row's result is the same, bit for bit,
-    however many pages the longest row beside it needs: what is sampled does not depend on the
-    neighbours. Pages beyond the longest row are not read, and reading is what decoding costs.
+    A block that a row does not reach adds exact zeros, so a row's result is the same, bit for bit,
+    however many blocks the longest row beside it needs: what is sampled does not depend on the
+    neighbours. Blocks beyond the longest row are not read, and reading is what decoding costs.
 
     Args:
         q: [B, T, N, H].
-        kv: [L * P, S, 2K, H], tables: [B, M] int32 (see `cache.Cache`).
+        kv: the pool in either order, tables: [B, M] int32 (see `cache.Cache`).
         first: scalar int32, the layer's first page in `kv`.
         own: [B, T] int32, slot of each query, the last one that it attends to.
         reach: scalar int32, slots in use by the longest row with a new token.
@@ -161,40 +164,47 @@ def attend_cached(q, kv, tables, first, own, reach):
     Returns: [B, T, N, H] in q's dtype.
     """
     rows, queries, heads, size = q.shape
-    block, kv_heads = kv.shape[1], kv.shape[2] // 2
+    page, kv_heads, _ = sizes(kv)
     group = heads // kv_heads
     kind = q.dtype
     q = q.reshape(rows, queries, kv_heads, group, size).transpose(0, 2, 3, 1, 4)
     q = q.reshape(rows, kv_heads, group * queries, size)
     last = own.max(axis=1, keepdims=True)
     own = jnp.tile(own, (1, group))[:, None, :, None]
-    batch, lowest = ((0, 1), (0, 1)), jnp.finfo(jnp.float32).min
+    lowest = jnp.finfo(jnp.float32).min
+    most = -(-tables.shape[1] * page // SLOTS)  # blocks of a full row, as equal as can be
+    each = -(-tables.shape[1] // most)
+    tables = jnp.pad(tables, ((0, 0), (0, most * each - tables.shape[1])))
+    block = each * page
+
+    def look(index):
+        """Scores and values of a block."""
+        pages = jax.lax.dynamic_slice_in_dim(tables, index * each, each, axis=1)
+        k, v = read(kv, first + pages)
+        slot = index * block + jnp.arange(block, dtype=jnp.int32)
+        # What lies beyond a row is somebody else's: 0 times its infinities would be no number.
+        v = jnp.where((slot <= last)[:, None, :, None], v, 0)
+        return jnp.where(slot <= own, _product(q, k, 3, 3) * size**-0.5, lowest), v
+
+    def weigh(scores, v, top):
+        weights = jnp.exp(scores - top)
+        return weights.sum(-1, keepdims=True), _product(weights.astype(v.dtype), v, 3, 2)
 
     def body(index, carry):
         top, total, out = carry
-        page = jax.lax.dynamic_index_in_dim(tables, index, axis=1, keepdims=False)
-        part = jnp.take(kv, first + page, axis=0, mode="clip")
-        part = part.reshape(rows, block, kv_heads, 2, size).transpose(3, 0, 2, 1, 4)
-        k, v = part[0], part[1]
-        slot = index * block + jnp.arange(block, dtype=jnp.int32)
-        seen = slot <= own
-        # What lies beyond a row is somebody else's: 0 times its infinities would be no number.
-        v = jnp.where((slot <= last)[:, None, :, None], v, 0)
-        scores = dot_general(q, k, (((3,), (3,)), batch), preferred_element_type=jnp.float32)
-        scores = jnp.where(seen, scores * size**-0.5, lowest)
+        scores, v = look(index)
         higher = jnp.maximum(top, scores.max(-1, keepdims=True))
         shrink = jnp.exp(top - higher)
-        weights = jnp.where(seen, jnp.exp(scores - higher), 0.0)
-        part = dot_general(
-            weights.astype(v.dtype), v, (((3,), (2,)), batch), preferred_element_type=jnp.float32
-        )
-        return higher, total * shrink + weights.sum(-1, keepdims=True), out * shrink + part
+        more, part = weigh(scores, v, higher)
+        return higher, total * shrink + more, out * shrink + part
 
-    shape = (rows, kv_heads, group * queries)
-    zero = jnp.zeros((*shape, 1), jnp.float32)
-    start = (zero + lowest, zero, jnp.zeros((*shape, size), jnp.float32))
-    count = jnp.minimum(-(-reach // block), tables.shape[1])
-    _, total, out = jax.lax.fori_loop(0, count, body, start)
-    out = (out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)).astype(kind)
+    # Every query sees a slot of the first block, so that masked scores weigh nothing from then on.
+    scores, v = look(0)
+    top = scores.max(-1, keepdims=True)
+    total, out = weigh(scores, v, top)
+    if most > 1:
+        count = jnp.minimum(-(-reach // block), most)
+        _, total, out = jax.lax.fori_loop(1, count, body, (top, total, out))
+    out = (out / total).astype(kind)
     out = out.reshape(rows, kv_heads, group, queries, size).transpose(0, 3, 1, 2, 4)
     return out.reshape(rows, queries, heads, size)
