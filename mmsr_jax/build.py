@@ -15,6 +15,7 @@ from mmsr_jax.data import pipeline
 from mmsr_jax.data.flags.lessons import lessons
 from mmsr_jax.data.flags.search import flags_tools
 from mmsr_jax.data.flags.world import World
+from mmsr_jax.embed.folder import open_folder
 from mmsr_jax.engine.engine import Engine
 from mmsr_jax.experiment import Experiment
 from mmsr_jax.inputs import tokenizer as tokenizer_lib
@@ -279,6 +280,7 @@ class Job:
             tools.backend, tools.web, tools.store, tools.budget, deadline=tools.deadline, **counts,
             local=lambda: flags_tools(self.world, tools.image_results, tools.text_results),
             local_identity={"world": "flags", **counts, **dataclasses.asdict(flags)},
+            index=lambda: open_folder(tools.index),
             ledger=self.workdir / "payments.jsonl",
         )  # fmt: skip
 
