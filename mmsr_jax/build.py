@@ -323,6 +323,7 @@ class Job:
     def demonstrations(self) -> dict[str, list[Tokens]]:
         """SFT's conversations by kind of lesson, played through the real tools."""
         e = self.experiment
+        toolbox = self.toolbox  # what keeps the tools from being made is no fault of a lesson
         out: dict[str, list[Tokens]] = {}
         examples = self.examples("train", e.data.sft_categories)
         wanted = {kind: count for kind, count, _ in e.sft.batch}
@@ -330,7 +331,7 @@ class Job:
             if not wanted.get(lesson.kind):
                 continue
             try:
-                played = demonstrate(lesson, self.setting, self.toolbox)
+                played = demonstrate(lesson, self.setting, toolbox)
             except ValueError as error:
                 self.skipped += 1
                 log.warning("lesson skipped: %s", error)

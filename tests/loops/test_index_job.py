@@ -48,3 +48,10 @@ def test_a_job_searches_the_folder_that_its_config_names(small, tmp_path):
 def test_a_job_without_its_folder_says_so(small, tmp_path):
     with pytest.raises(ValueError, match="gone is no index"):
         _ = Job(over(small, tmp_path / "gone"), tmp_path / "run").toolbox
+
+
+def test_a_warm_up_without_tools_ends_at_once_and_skips_no_lesson(small, tmp_path):
+    job = Job(over(small, ""), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"tools\.index\.folder, which names none"):
+        job.demonstrations()
+    assert job.skipped == 0
