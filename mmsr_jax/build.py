@@ -15,6 +15,7 @@ from mmsr_jax.data import pipeline
 from mmsr_jax.data.flags.lessons import lessons
 from mmsr_jax.data.flags.search import flags_tools
 from mmsr_jax.data.flags.world import World
+from mmsr_jax.embed.folder import open_folder
 from mmsr_jax.engine.engine import Engine
 from mmsr_jax.experiment import Experiment
 from mmsr_jax.inputs import tokenizer as tokenizer_lib
@@ -277,6 +278,7 @@ class Job:
             tools.backend, tools.web, tools.store, tools.budget, deadline=tools.deadline, **counts,
             local=lambda: flags_tools(self.world, tools.image_results, tools.text_results),
             local_identity={"world": "flags", **counts, **dataclasses.asdict(flags)},
+            index=lambda: open_folder(tools.index),
             ledger=self.workdir / "payments.jsonl",
         )  # fmt: skip
 
@@ -319,6 +321,7 @@ class Job:
     def demonstrations(self) -> dict[str, list[Tokens]]:
         """SFT's conversations by kind of lesson, played through the real tools."""
         e = self.experiment
+        toolbox = self.toolbox  # what keeps the tools from being made is no fault of a lesson
         out: dict[str, list[Tokens]] = {}
         examples = self.examples("train", e.data.sft_categories)
         wanted = {kind: count for kind, count, _ in e.sft.batch}
@@ -326,7 +329,7 @@ class Job:
             if not wanted.get(lesson.kind):
                 continue
             try:
-                played = demonstrate(lesson, self.setting, self.toolbox)
+                played = demonstrate(lesson, self.setting, toolbox)
             except ValueError as error:
                 self.skipped += 1
                 log.warning("lesson skipped: %s", error)

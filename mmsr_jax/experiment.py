@@ -19,8 +19,9 @@ from mmsr_jax.model.lora import LoRAConfig
 from mmsr_jax.parallel.mesh import MeshConfig
 from mmsr_jax.protocol import Protocol
 from mmsr_jax.rewards.score import RewardConfig
-from mmsr_jax.tools.assembly import WebConfig
+from mmsr_jax.tools.assembly import Backend, WebConfig
 from mmsr_jax.tools.budget import BudgetConfig
+from mmsr_jax.tools.index.open import FolderConfig
 from mmsr_jax.tools.store import StoreConfig
 from mmsr_jax.train.assemble import PackConfig
 from mmsr_jax.train.grpo import GRPOConfig
@@ -45,15 +46,17 @@ class TokenizerConfig:
 class ToolsConfig:
     """The search tools; docs/search.md explains them.
 
-    `local` is the engine of the embedded world, `web` asks services, `fvqa` takes the picture
-    searches that come with FVQA from the store and asks services for texts.
+    `local` is the engine of the embedded world, `index` searches an index folder of your own in the
+    process, `web` asks services, `fvqa` takes the picture searches that come with FVQA from the
+    store and asks services for texts.
     """
 
-    backend: Literal["local", "web", "fvqa"] = "local"
+    backend: Backend = "local"
     image_results: int = 5  # results a call (paper: 5 and 5)
     text_results: int = 5
     deadline: float = 30.0  # seconds a call may take
     max_concurrent: int = 64
+    index: FolderConfig = FolderConfig()
     web: WebConfig = WebConfig()
     store: StoreConfig = StoreConfig()
     budget: BudgetConfig = BudgetConfig()

@@ -1,4 +1,4 @@
-"""`mmsr data`: prepare a dataset, or look at one."""
+"""`mmsr data`: prepare a dataset, look at one, or write what its search engine finds."""
 
 import collections
 import dataclasses
@@ -16,6 +16,8 @@ EXAMPLE = "mmsr data show flags --split test --count 10"
 
 def run(words: list[str]) -> None:
     given = parser().parse(words)
+    if given.action == "corpus":
+        return _corpus(given)
     from mmsr_jax.data import pipeline  # brings grain and TFDS, which take seconds
 
     config = pipeline.DataConfig(name=given.name, data_dir=given.folder)
@@ -30,8 +32,9 @@ def run(words: list[str]) -> None:
 
 
 def parser() -> Parser:
-    made = Parser("mmsr data", "Prepares a dataset, or shows some of its examples.", EXAMPLE)
-    actions = made.add_subparsers(dest="action", metavar="build|show", required=True)
+    does = "Prepares a dataset, shows some of its examples, or writes what its search engine finds."
+    made = Parser("mmsr data", does, EXAMPLE)
+    actions = made.add_subparsers(dest="action", metavar="build|show|corpus", required=True)
     build = actions.add_parser(
         "build", prog="mmsr data build", description="Prepares a dataset.", example=EXAMPLE
     )
@@ -43,7 +46,24 @@ def parser() -> Parser:
         action.add_argument("--folder", default="", help="of prepared datasets (default: a cache)")
     show.add_argument("--split", default="train", help="train or test (default: train)")
     show.add_argument("--count", type=int, default=12, help="examples to show (default: 12)")
+    corpus = actions.add_parser(
+        "corpus",
+        prog="mmsr data corpus",
+        description="Writes the documents and pictures that a world's search engine searches, as "
+        "`mmsr search index` takes them.",
+        example="mmsr data corpus flags corpus/flags",
+    )
+    corpus.add_argument("name", choices=("flags",), help="of the world: flags")
+    corpus.add_argument("out", metavar="OUT", help="the folder to make")
     return made
+
+
+def _corpus(given) -> None:
+    from mmsr_jax.data.flags.corpus import write_corpus
+    from mmsr_jax.data.flags.world import World
+
+    sentences, pictures = write_corpus(World(), given.out)
+    print(f"{sentences} sentences and {pictures} pictures in {given.out}")
 
 
 def _build(builder) -> None:

@@ -22,7 +22,7 @@ COMMANDS = {
     "eval": "accuracy and search ratio of a trained policy, as a table",
     "export": "write a run's newest weights as a Hugging Face folder",
     "view": "write report.html: curves, tables, trajectories with pictures",
-    "data": "prepare a dataset, or look at one",
+    "data": "prepare a dataset, look at one, or write its search engine's pages",
     "search": "use the search tools from the shell",
     "bench": "measure speed beside what it is compared with",
 }

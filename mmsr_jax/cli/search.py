@@ -55,6 +55,7 @@ def parser() -> Parser:
         tool.add_argument(
             "--provider", choices=(FLAGS, *names), help=f"who is asked (default: {FLAGS})"
         )
+        tool.add_argument("--index", default="", help="an index folder of your own is asked")
         tool.add_argument("--url", default="", help="of the provider, when it is your own machine")
         tool.add_argument("--config", default="", help="a config file whose tools are used")
         tool.add_argument(
@@ -83,16 +84,21 @@ def _tools(given) -> dict:
     from mmsr_jax.cli import config
     from mmsr_jax.tools.assembly import WebConfig
     from mmsr_jax.tools.budget import BudgetConfig
+    from mmsr_jax.tools.index.open import FolderConfig
     from mmsr_jax.tools.store import StoreConfig
 
     # Not the experiment's record, unless it is asked for: that brings jax, which takes seconds.
-    backend, web, store = "local", WebConfig(), StoreConfig()
+    backend, folder, web, store = "local", FolderConfig(), WebConfig(), StoreConfig()
     budget, deadline = BudgetConfig(), 30.0
     if given.config:
         tools = config.load(given.config).tools
         backend, web, store, budget = tools.backend, tools.web, tools.store, tools.budget
-        deadline = tools.deadline
-    if given.provider == FLAGS:
+        deadline, folder = tools.deadline, tools.index
+    if given.index:
+        if given.provider:
+            raise UsageError("--index and --provider name two who are asked: give one")
+        backend, folder = "index", replace(folder, folder=given.index)
+    elif given.provider == FLAGS:
         backend = "local"
     elif given.provider:
         backend, web = "web", replace(web, **{given.tool: given.provider})
@@ -108,8 +114,8 @@ def _tools(given) -> dict:
     if given.replay:
         store = replace(store, mode="replay")
     return {
-        "backend": backend, "web": web, "store": store, "budget": budget, "deadline": deadline,
-        "image_results": given.count, "text_results": given.count,
+        "backend": backend, "index": folder, "web": web, "store": store, "budget": budget,
+        "deadline": deadline, "image_results": given.count, "text_results": given.count,
     }  # fmt: skip
 
 
@@ -119,15 +125,18 @@ def _ask(call: ToolCall, given):
 
     from mmsr_jax.data.flags.search import flags_tools
     from mmsr_jax.data.flags.world import FlagsConfig, World
+    from mmsr_jax.embed.folder import open_folder
     from mmsr_jax.tools.assembly import assemble
     from mmsr_jax.tools.toolbox import Toolbox
 
     tools = _tools(given)
+    folder = tools.pop("index")
     counts = {"image_results": given.count, "text_results": given.count}
     search = assemble(
         **tools,
         local=lambda: flags_tools(World(), given.count, given.count),
         local_identity={"world": "flags", **counts, **asdict(FlagsConfig())},
+        index=lambda: open_folder(folder),
         only=call.tool,
     )
     kept = {}

@@ -3,7 +3,6 @@
 import pathlib
 
 from mmsr_jax.cli.endings import UsageError
-from mmsr_jax.cli.words import printable
 
 EXAMPLE = "mmsr search serve indices/articles --port 8000"
 FLAGS = "flags"
@@ -61,25 +60,8 @@ def _open(name: str, weights: str):
 
         world = World()
         return text_index(world), image_index(world), lambda: None
-    from mmsr_jax.embed import embedder
-    from mmsr_jax.tools.index import manifest as manifests
-    from mmsr_jax.tools.index.open import open_index
+    from mmsr_jax.embed.folder import open_folder
+    from mmsr_jax.tools.index.open import FolderConfig
 
-    part = manifests.read(pathlib.Path(name)).pictures
-    named = "" if part is None else part.weights
-    # An index may come from anywhere; what is fetched from a hub is for the user to say.
-    if named and not weights and not pathlib.Path(named).is_dir():
-        raise UsageError(
-            f"there is no folder {printable(named)}, from which the pictures of {name} were "
-            f"embedded by {printable(part.embedder)}: --weights says where they are now (a folder, "
-            "or a hub id)"
-        )
-    try:
-        made = None if part is None else embedder(part.embedder, weights or part.weights)
-    except ValueError as error:
-        raise UsageError(
-            f"{error}; the pictures of {name} were embedded by {part.embedder} from "
-            f"{part.weights or 'no weights'}: --weights says where they are now"
-        ) from error
-    index = open_index(name, made)
+    index = open_folder(FolderConfig(name, weights), "--weights")
     return index.text, index.pictures, index.close

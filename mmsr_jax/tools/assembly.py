@@ -12,6 +12,7 @@ from mmsr_jax.tools.fvqa_cache import FvqaImageSearch
 from mmsr_jax.tools.hits import ImageProvider, TextProvider
 from mmsr_jax.tools.http import Http, HttpConfig, HttpRequest
 from mmsr_jax.tools.image_search import WebImageSearch
+from mmsr_jax.tools.index.open import LocalIndex, index_tools
 from mmsr_jax.tools.limits import Limits
 from mmsr_jax.tools.pictures import PictureLimits, reencode
 from mmsr_jax.tools.providers import answers
@@ -29,6 +30,7 @@ from mmsr_jax.tools.web import Stage, WebTextSearch
 
 TextName = Literal["serper", "serpapi", "searxng", "jina", "retriever"]
 ImageName = Literal["serper", "serpapi", "retriever"]
+Backend = Literal["local", "index", "web", "fvqa"]
 # Settings that change how, not what, is read or said: no part of what the store knows a call by.
 FREE = {
     "parsers", "parser_memory", "browser_sandbox", "jina_url", "jina_key_env", "base_url",
@@ -108,9 +110,10 @@ class Search:
         recorder: Recorder | None = None,
         http: Http | None = None,
         reader: Reader | None = None,
+        index: LocalIndex | None = None,
     ):
         self.tools = dict(tools)
-        self.recorder, self._http, self._reader = recorder, http, reader
+        self.recorder, self._http, self._reader, self._index = recorder, http, reader, index
 
     def counters(self) -> dict[str, float]:
         """Totals since the start: "tools/live", "tools/from_store", "tools/joined",
@@ -126,17 +129,19 @@ class Search:
             self.recorder.check()
 
     async def close(self) -> None:
-        """Ends connections and processes, and closes the store; on the tools' event loop."""
+        """Ends connections and processes, closes store and index; on the tools' event loop."""
         if self._reader is not None:
             await self._reader.close()
         if self._http is not None:
             await self._http.close()
+        if self._index is not None:
+            self._index.close()
         if self.recorder is not None:
             self.recorder.close()
 
 
 def assemble(
-    backend: Literal["local", "web", "fvqa"],
+    backend: Backend,
     web: WebConfig,
     store: StoreConfig,
     budget: BudgetConfig,
@@ -146,6 +151,7 @@ def assemble(
     deadline: float,
     local: Callable[[], Mapping[str, Tool]],
     local_identity: Mapping[str, Any],
+    index: Callable[[], LocalIndex] | None = None,
     ledger: pathlib.Path | None = None,
     only: str = "",
 ) -> Search:
@@ -154,14 +160,17 @@ def assemble(
     Args:
       deadline: of the toolbox, in seconds.
       local, local_identity: makes the tools of the embedded world; what their answers depend on.
+      index: opens the index folder that backend "index" searches; nothing else needs it.
       ledger: where payments are written down; None for nowhere.
       only: "text_search" or "image_search" when the other is not wanted, nor its keys.
 
     Raises:
-      ValueError: settings that clash, a key that is not in the environment.
+      ValueError: settings that clash, a key that is not in the environment, no such index.
     """
     if backend == "local" and not store.path:
         return Search(local())
+    if backend == "index":
+        return _indexed(index(), store, budget, image_results, text_results, only, ledger)
     if backend == "fvqa" and not store.path:
         raise ValueError(
             "tools.backend 'fvqa' takes its picture searches from tools.store.path: make the store "
@@ -172,10 +181,7 @@ def assemble(
             f"tools.web.deadline is {web.deadline:g} s, tools.deadline {deadline:g} s: the "
             "search must end first, or its results are lost"
         )
-    create = store.mode != "replay"
-    opened = Store(store.path, store.max_bytes, create) if store.path else None
-    money = Budget(budget.money, ledger)
-    recorder = Recorder(opened, store.mode, store.ttl, money)
+    recorder = _recorder(store, budget, ledger)
     if backend == "local":
         tools = local().values()
         return Search({t.name: Recorded(t, recorder, local_identity) for t in tools}, recorder)
@@ -183,6 +189,44 @@ def assemble(
         return _web(backend, web, recorder, image_results, text_results, only)
     except BaseException:
         recorder.close()
+        raise
+
+
+def _recorder(store: StoreConfig, budget: BudgetConfig, ledger: pathlib.Path | None) -> Recorder:
+    create = store.mode != "replay"
+    opened = Store(store.path, store.max_bytes, create) if store.path else None
+    return Recorder(opened, store.mode, store.ttl, Budget(budget.money, ledger))
+
+
+def _indexed(
+    index: LocalIndex,
+    store: StoreConfig,
+    budget: BudgetConfig,
+    images: int,
+    texts: int,
+    only: str,
+    ledger: pathlib.Path | None,
+) -> Search:
+    """Tools over an open index folder, which is closed with them."""
+    try:
+        tools = index_tools(index, images, texts)
+        for name, content in (("image_search", "pictures"), ("text_search", "documents")):
+            if only in ("", name) and name not in tools:
+                raise ValueError(
+                    f"the index {index.folder} has no {content}, so there is no {name}: build it "
+                    f"from a source that has {content} too (mmsr search index SOURCE OUT)"
+                )
+        if not store.path:
+            return Search(tools, index=index)
+        # Where it lies is no part of it: the same files, indexed the same way, answer the same.
+        identity = {
+            "index": index.manifest.fingerprint, "image_results": images, "text_results": texts,
+        }  # fmt: skip
+        recorder = _recorder(store, budget, ledger)
+        recorded = {name: Recorded(tool, recorder, identity) for name, tool in tools.items()}
+        return Search(recorded, recorder, index=index)
+    except BaseException:
+        index.close()
         raise
 
 

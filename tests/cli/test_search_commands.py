@@ -35,9 +35,35 @@ def test_index_says_what_is_in_it(folder, capsys, text):
     assert "out is up to date" in capsys.readouterr().out
 
 
+def test_an_index_is_asked_without_a_server(folder, capsys):
+    main(["search", "index", "source", "out"])
+    capsys.readouterr()
+    assert main(["search", "text", "capital of Nepal", "--index", "out"]) == 0
+    assert "The capital of Nepal is Kathmandu." in capsys.readouterr().out
+    assert main(["search", "image", "source/red.png", "--index", "out", "--json"]) == 0
+    (item,) = json.loads(capsys.readouterr().out)["items"]
+    assert item["title"] == "red" and item["thumbnail"]
+
+
+def test_the_flags_world_as_files_indexed_and_asked(folder, capsys):
+    assert main(["data", "corpus", "flags", "corpus"]) == 0
+    assert "sentences and 182 pictures in corpus" in capsys.readouterr().out
+    assert main(["search", "index", "corpus", "flags-index"]) == 0
+    shown = capsys.readouterr().out
+    assert "182 pictures by hash" in shown and "left out" not in shown
+    assert main(["search", "image", "corpus/pictures/NP.png", "--index", "flags-index"]) == 0
+    assert capsys.readouterr().out.startswith("1. Nepal  flags:NP")
+    assert main(["data", "corpus", "flags", "corpus"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == ("mmsr data: corpus is there and not empty: choose another folder, or remove it")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["text", "nepal", "--index", "nowhere"], "nowhere is no index"),
+        (["text", "nepal", "--index", "source"], "source is no index"),
+        (["text", "nepal", "--index", "source", "--provider", "flags"], "give one"),
         (["index", "nowhere", "out"], "nowhere is neither a folder nor a .parquet file"),
         (["index", "source", "source"], "source is there and is no index"),
         (["index", "source", "out", "--text", "lucene"], "no text back end 'lucene'"),
@@ -75,11 +101,11 @@ def test_weights_that_have_moved_are_asked_for(folder, capsys):
     capsys.readouterr()
     assert main(["search", "serve", "out", "--port", "0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "there is no folder gone" in line and "--weights says where they are now" in line
+    assert "there is no folder 'gone'" in line and "--weights says where they are now" in line
 
 
 def test_an_index_does_not_choose_what_is_downloaded(folder, capsys, monkeypatch):
-    from mmsr_jax import embed
+    from mmsr_jax.embed import choose
 
     def fetch(*asked):
         raise AssertionError(f"would fetch {asked}")
@@ -88,11 +114,11 @@ def test_an_index_does_not_choose_what_is_downloaded(folder, capsys, monkeypatch
     manifest = json.loads((folder / "out/manifest.json").read_text())
     manifest["pictures"] |= {"embedder": "qwen2_5_vl", "weights": "stranger/weights"}
     (folder / "out/manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setattr(embed, "embedder", fetch)
+    monkeypatch.setattr(choose, "embedder", fetch)
     capsys.readouterr()
     assert main(["search", "serve", "out", "--port", "0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "there is no folder stranger/weights" in line and "--weights says" in line
+    assert "there is no folder 'stranger/weights'" in line and "--weights says" in line
 
 
 class Served:

@@ -19,9 +19,18 @@ TEXT_INDICES = {"fts": FtsIndex, "tantivy": TantivyIndex}
 
 
 @dataclasses.dataclass(frozen=True)
+class FolderConfig:
+    """The index that `tools.backend` "index" searches, in the process."""
+
+    folder: str = ""  # made by `mmsr search index`
+    weights: str = ""  # of the pictures' model, where they are no longer where the manifest says
+
+
+@dataclasses.dataclass(frozen=True)
 class LocalIndex:
     """An index that is open. Its parts are safe to use from several threads."""
 
+    folder: pathlib.Path
     manifest: Manifest
     text: TextIndex | None  # None: there are no documents in it
     pictures: PictureIndex | None
@@ -65,7 +74,7 @@ def open_index(folder: pathlib.Path | str, embedder: Embedder | None = None) -> 
         if embedder is None:
             embedder = HashEmbedder()
         pictures = PictureIndex(folder, manifest.pictures, embedder)
-    return LocalIndex(manifest, text, pictures)
+    return LocalIndex(folder, manifest, text, pictures)
 
 
 def index_tools(
