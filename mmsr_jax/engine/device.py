@@ -13,6 +13,7 @@ from mmsr_jax.engine.schedule import Copies
 from mmsr_jax.engine.sequence import Sequence
 from mmsr_jax.model import cache as cache_lib
 from mmsr_jax.model import qwen2_5_vl as qwen
+from mmsr_jax.model import window as window_lib
 from mmsr_jax.parallel.rules import ROLLOUT_RULES, Placement
 from mmsr_jax.types import Picture
 
@@ -34,6 +35,14 @@ class Device:
         kv = qwen.init_pages(model, pages, config.page, mesh)
         place = Placement(mesh, ROLLOUT_RULES)
         self.kv = jax.device_put(kv, here if mesh is None else cache_lib.sharding(place, kv.shape))
+
+        # Rows have arrays of their own on one CPU: see window.py. `seated` are those whose tokens
+        # are there, with what had been fed to them.
+        self.window = ()
+        self.seated: list[tuple[int, int] | None] = [None] * config.rows
+        if cache_lib.heads_first(kv):
+            window = window_lib.empty(kv, model.text.layers, config.rows, self.table)
+            self.window = jax.device_put(window, here)
 
     def warm_up(self) -> None:
         """Compiles every program, with nothing to do; the state stays as it is."""
@@ -109,19 +118,38 @@ class Device:
         self.kv = steps.extend(self.graph, self.params, self.kv, self.features.array, piece)
 
     def decode(self, running: list[Sequence], temperature: float, patience: int) -> steps.Sampled:
-        """Lets these decode (see `steps.decode`); returns host arrays, row i for `running[i]`."""
+        """Lets these decode (see `steps.decode`); returns host arrays, entry i for `running[i]`."""
         count = self.config.rows
         scalars = np.zeros((5, count), np.int32)
         keys = np.zeros((count, 2), np.uint32)
         tables = np.zeros((count, self.table), np.int32)
-        for i, s in enumerate(running):
+        seats, fresh = self._seat(running)
+        for row, s in zip(seats, running, strict=True):
             last = s.known - 1
-            scalars[:, i] = s.ids[last], s.positions[0, last], s.cached, s.left, s.sampled
-            keys[i] = s.key
-            tables[i, : len(s.pages)] = s.pages
-        rows = steps.Rows(*scalars, keys=keys, tables=tables)
-        self.kv, sampled = steps.decode(
-            self.graph, self.params, self.kv, rows, np.float32(temperature), np.int32(patience),
-            self.eos_ids, self.config.decode_steps,
+            scalars[:, row] = s.ids[last], s.positions[0, last], s.cached, s.left, s.sampled
+            keys[row] = s.key
+            tables[row, : len(s.pages)] = s.pages
+        rows = steps.Rows(*scalars, keys=keys, tables=tables, fresh=fresh)
+        self.kv, self.window, sampled = steps.decode(
+            self.graph, self.params, self.kv, self.window, rows, np.float32(temperature),
+            np.int32(patience), self.eos_ids, self.config.decode_steps,
         )  # fmt: skip
-        return jax.device_get(sampled)  # the one copy of a look to the host
+        host = jax.device_get(sampled)  # the one copy of a look to the host
+        by_entry = (x[seats] for x in (host.ids, host.logprobs, host.counts, host.active))
+        return steps.Sampled(*by_entry, host.steps)
+
+    def _seat(self, running: list[Sequence]) -> tuple[list[int], np.ndarray]:
+        """A row for each, and which rows the window does not hold yet ([B] bool).
+
+        Who was in a row before, and has only sampled since, keeps it.
+        """
+        held = {who: row for row, who in enumerate(self.seated) if who}
+        seats = [held.get((s.number, s.fed)) for s in running]
+        free = iter(sorted(set(range(self.config.rows)) - set(seats)))
+        fresh = np.zeros(self.config.rows, bool)
+        for i, s in enumerate(running):
+            if seats[i] is None:
+                seats[i] = next(free)
+                fresh[seats[i]] = True
+            self.seated[seats[i]] = (s.number, s.fed)
+        return seats, fresh

@@ -273,6 +273,7 @@ class Engine:
                 again = max(min(sequence.seen, end) - sequence.cached, 0)
                 self._counters["again_tokens"] += again
                 sequence.cached = end
+                sequence.fed += 1
                 sequence.seen = max(sequence.seen, end)
                 busy.add(sequence.number)
             if not sequence.missing:

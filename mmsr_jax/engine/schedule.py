@@ -72,6 +72,7 @@ class Schedule:
         self.dropped += bool(sequence.pages)
         self.pool.give_back(sequence.pages)
         sequence.pages, sequence.cached = [], 0
+        sequence.fed += 1
         if sequence.status in (Status.READY, Status.RUNNING):
             self.turn(sequence, Status.FEEDING)
 

@@ -42,6 +42,7 @@ class Sequence:
     status: Status = Status.FEEDING
     since: int = 0  # tick of the engine at which the status began
     sampled: int = 0  # tokens sampled in all turns: the number of the next draw
+    fed: int = 0  # times that what is in the pool has changed, but for what was sampled
     seen: int = 0  # most tokens that were ever in the pool: feeding below that is done twice
     turn_ids: list[int] = dataclasses.field(default_factory=list)
     turn_logprobs: list[float] = dataclasses.field(default_factory=list)

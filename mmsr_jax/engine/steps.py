@@ -65,6 +65,7 @@ class Rows:
     sampled: jax.Array  # [B] int32, number of the next draw of its stream
     keys: jax.Array  # [B, 2] uint32, key data of its stream
     tables: jax.Array  # [B, M] int32 pages
+    fresh: jax.Array  # [B] bool, the window does not hold the row's tokens
 
 
 @jax.tree_util.register_dataclass
@@ -102,11 +103,12 @@ def copy_pages(kv, layers: int, source, target):
     return cache_lib.copy_pages(kv, layers, source, target)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=(2,))
+@functools.partial(jax.jit, static_argnums=(0, 7, 8), donate_argnums=(2, 3))
 def decode(
     graph: Graph,
     params,
     kv,
+    window,
     rows: Rows,
     temperature,
     patience,
@@ -118,7 +120,10 @@ def decode(
     A row pauses by itself when it samples one of `eos_ids`, has used what it had left, or has
     filled its slots; the others go on.
 
-    Returns: the pool, and Sampled.
+    Args:
+        window: what `window.empty` gave, or () to read the pages where they lie.
+
+    Returns: the pool, the window, and Sampled.
     """
     count = rows.pending.shape[0]
     slots = rows.tables.shape[1] * cache_lib.sizes(kv)[0]
@@ -128,9 +133,8 @@ def decode(
     began = rows.left > 0
 
     pages = cache = qwen.Cache(kv=kv, tables=rows.tables, lengths=rows.lengths)
-    layers = params["text"]["layers"]
-    if cache_lib.heads_first(kv) and isinstance(layers, tuple):  # the engine on one CPU
-        cache = window_lib.gather(pages, len(layers), steps)
+    if window:
+        cache = window_lib.load(window, pages, rows.fresh, steps)
 
     def more(carry):
         step, active = carry[0], carry[1]
@@ -162,5 +166,7 @@ def decode(
     ids = jnp.zeros((count, steps), jnp.int32)
     carry = (jnp.int32(0), began, cache, rows.pending, zeros, ids, ids.astype(jnp.float32))
     step, active, cache, _, counts, ids, logprobs = jax.lax.while_loop(more, body, carry)
-    kv = cache.kv if isinstance(cache, qwen.Cache) else window_lib.scatter(pages, cache, counts)
-    return kv, Sampled(ids, logprobs, counts, active, step)
+    sampled = Sampled(ids, logprobs, counts, active, step)
+    if window:
+        return window_lib.scatter(pages, cache, counts), cache.layers, sampled
+    return cache.kv, (), sampled

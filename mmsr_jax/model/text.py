@@ -199,10 +199,11 @@ class TextModel(nnx.Module):
         if apart is None:
             raise ValueError("a window is for layers apart: unstack the parameters")
         graph, _ = nnx.split(self.layers)
-        layers = []
+        grown = []
         for index, layer_params in enumerate(apart):
             layer = nnx.merge(graph, layer_params)
-            attended, grown = window_lib.attend(window, index, *layer.before(x, *turn), active)
-            layers.append(grown)
+            attended, *held = window_lib.attend(window, index, *layer.before(x, *turn), active)
+            grown.append(held)
             x = layer.after(x, attended)
-        return x, Window(tuple(layers), window.steps + 1, window.lengths + active)
+        layers, added = zip(*grown, strict=True)
+        return x, Window(layers, added, window.steps + 1, window.lengths + active)

@@ -1,9 +1,9 @@
-"""Decoding on one CPU: the pages of the rows that decode, copied together while they do.
+"""Decoding on one CPU: rows' keys and values in arrays of their own, beside the pages.
 
 Reading pages where they lie costs a copy of every key and value for every token, three times the
-memory traffic of the attention itself. So a decoding copies its rows' pages once, in the order in
-which they are multiplied, adds each new token to the copy, and brings what is new back to the
-pages at its end. A row's numbers depend neither on when that was nor on the rows beside it.
+memory traffic of the attention itself. So a row's pages are copied when it is taken, in the order
+in which they are multiplied; each new token is added to the copy, and brought to the pages when
+the decoding ends. A row's numbers depend neither on when that was nor on the rows beside it.
 
 Letters as in cache.py; `C` slots of a block, `G` query heads of a key head, `A` tokens that can be
 added.
@@ -25,11 +25,10 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer's keys and values of all rows, and what was added to them."""
+    """One layer's keys and values of all rows, in blocks of slots."""
 
-    keys: tuple[jax.Array, ...]  # [B, K, H, C] of each block
+    keys: tuple[jax.Array, ...]  # [B, K, H, C] of each block: scores are twice as fast so
     values: tuple[jax.Array, ...]  # [B, K, C, H] of each block
-    added: jax.Array  # [A, B, 2, K, H]
 
 
 @jax.tree_util.register_dataclass
@@ -38,45 +37,73 @@ class Window:
     """What `forward` takes in place of a Cache, for one token a row."""
 
     layers: tuple[Layer, ...]
+    added: tuple[jax.Array, ...]  # of each layer [A, B, 2, K, H], by step
     steps: jax.Array  # scalar int32, tokens added to the longest row
     lengths: jax.Array  # [B] int32, tokens of each row
 
 
-def gather(cache: Cache, layers: int, most: int) -> Window:
-    """A window on all slots of the rows of `cache`, with room for `most` more tokens a row."""
+def empty(kv: jax.Array, layers: int, rows: int, table: int) -> tuple[Layer, ...]:
+    """Room for rows of `table` pages of the pool `kv`."""
+    page, heads, size = sizes(kv)
+    blocks = -(-table * page // SLOTS)
+    length = -(-table // blocks) * page
+
+    def room(*shape):  # each an array of its own: they are donated
+        return tuple(jnp.zeros((rows, heads, *shape), kv.dtype) for _ in range(blocks))
+
+    return tuple(Layer(room(size, length), room(length, size)) for _ in range(layers))
+
+
+def load(layers: tuple[Layer, ...], cache: Cache, fresh: jax.Array, most: int) -> Window:
+    """A window on the rows of `cache`, with room for `most` more tokens a row.
+
+    Args:
+        layers: where rows that are not `fresh` [B] have all their tokens already.
+    """
     page, heads, size = sizes(cache.kv)
     rows, table = cache.tables.shape
-    blocks = -(-table * page // SLOTS)
-    each = -(-table // blocks)  # pages of a block
+    pages = cache.kv.shape[0] // len(layers)
+    length = layers[0].values[0].shape[2]
+    blocks, each = len(layers[0].values), length // page
     tables = jnp.pad(cache.tables, ((0, 0), (0, blocks * each - table)))
-    empty = jnp.zeros((most, rows, 2, heads, size), cache.kv.dtype)
-    found = []
-    for layer in range(layers):
-        keys, values = [], []
-        first = layer * (cache.kv.shape[0] // layers)
-        for start in range(0, blocks * each, each):
-            k, v = read(cache.kv, first + tables[:, start : start + each])
-            slot = start * page + jnp.arange(each * page, dtype=jnp.int32)
-            # What lies beyond a row is somebody else's: 0 times its infinities is no number.
-            own = (slot < cache.lengths[:, None])[:, None, :, None]
-            keys.append(k.swapaxes(2, 3))  # scores of one query head are twice as fast so
-            values.append(jnp.where(own, v, 0))
-        found.append(Layer(tuple(keys), tuple(values), empty))
-    return Window(tuple(found), jnp.int32(0), cache.lengths)
+    order = jnp.nonzero(fresh, size=rows)[0]
+
+    def take(index, layers):
+        row, taken = order[index], []
+        own = jax.lax.dynamic_index_in_dim(tables, row)
+        for number, layer in enumerate(layers):
+            keys, values = [], []
+            for block, (old_keys, old_values) in enumerate(
+                zip(layer.keys, layer.values, strict=True)
+            ):
+                at = number * pages + own[:, block * each : (block + 1) * each]
+                k, v = read(cache.kv, at)
+                # What lies beyond a row is somebody else's: 0 times its infinities is no number.
+                slot = block * length + jnp.arange(length, dtype=jnp.int32)
+                v = jnp.where((slot < cache.lengths[row])[:, None], v, 0)
+                put = jax.lax.dynamic_update_slice_in_dim
+                keys.append(put(old_keys, k.swapaxes(2, 3), row, 0))
+                values.append(put(old_values, v, row, 0))
+            taken.append(Layer(tuple(keys), tuple(values)))
+        return tuple(taken)
+
+    layers = jax.lax.fori_loop(0, fresh.sum(), take, layers)
+    added = (jnp.zeros((most, rows, 2, heads, size), cache.kv.dtype),) * len(layers)
+    return Window(layers, added, jnp.int32(0), cache.lengths)
 
 
 def scatter(cache: Cache, window: Window, counts: jax.Array) -> jax.Array:
     """The pool of `cache`, which `window` came from, with the `counts` [B] tokens added since."""
-    kv, layers = cache.kv, len(window.layers)
-    new = jnp.arange(window.layers[0].added.shape[0]) < counts[:, None]
+    kv, pages = cache.kv, cache.kv.shape[0] // len(window.layers)
+    new = jnp.arange(window.added[0].shape[0]) < counts[:, None]
     page, slot = places(cache, new.astype(jnp.int32))
-    for index, layer in enumerate(window.layers):
-        k, v = layer.added.transpose(2, 1, 0, 3, 4)
-        kv = write(kv, index * (kv.shape[0] // layers), page, slot, k, v)
+    for index, added in enumerate(window.added):
+        k, v = added.transpose(2, 1, 0, 3, 4)
+        kv = write(kv, index * pages, page, slot, k, v)
     return kv
 
 
-def attend(window: Window, index: int, q, k, v, active) -> tuple[jax.Array, Layer]:
+def attend(window: Window, index: int, q, k, v, active) -> tuple[jax.Array, Layer, jax.Array]:
     """Adds a token to the rows that are active, and attends to everything up to it.
 
     A block that no row reaches is not read; one that a row does not reach adds exact zeros to it.
@@ -86,14 +113,15 @@ def attend(window: Window, index: int, q, k, v, active) -> tuple[jax.Array, Laye
         q: [B, 1, N, H]; k, v: [B, 1, K, H] of the new token.
         active: [B] bool; what the others get means nothing.
 
-    Returns: [B, 1, N, H] in q's dtype, and the layer as it is now.
+    Returns: [B, 1, N, H] in q's dtype; the layer, and what was added to it, as they are now.
     """
     layer = window.layers[index]
     rows, _, heads, size = q.shape
     kv_heads, kind = k.shape[2], q.dtype
     q = q.reshape(rows, kv_heads, heads // kv_heads, size)
-    new = jnp.concatenate([k, v], axis=1).astype(layer.added.dtype)
-    added = jax.lax.dynamic_update_index_in_dim(layer.added, new, window.steps, 0)
+    added = window.added[index]
+    new = jnp.concatenate([k, v], axis=1).astype(added.dtype)
+    added = jax.lax.dynamic_update_index_in_dim(added, new, window.steps, 0)
     last = jnp.max(jnp.where(active, window.lengths, -1))  # slot in use by the longest row
     every, start = jnp.arange(rows), 0
     keys, values, sums = [], [], None
@@ -114,7 +142,7 @@ def attend(window: Window, index: int, q, k, v, active) -> tuple[jax.Array, Laye
         start += length
     _, total, out = sums
     out = (out / total).astype(kind).reshape(rows, 1, heads, size)
-    return out, Layer(tuple(keys), tuple(values), added)
+    return out, Layer(tuple(keys), tuple(values)), added
 
 
 def _weigh(q, keys, values, seen, top):

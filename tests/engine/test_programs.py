@@ -48,6 +48,7 @@ def programs(model, engine: EngineConfig, mesh) -> dict:
         *[ints(engine.rows)] * 5,
         keys=jax.ShapeDtypeStruct((engine.rows, 2), jnp.uint32),
         tables=ints(engine.rows, table),
+        fresh=jax.ShapeDtypeStruct((engine.rows,), bool),
     )
     size = engine.extend_rows, engine.extend_tokens
     piece = steps.Extension(
@@ -63,7 +64,7 @@ def programs(model, engine: EngineConfig, mesh) -> dict:
     def decode(params, kv, rows, temperature, patience):
         eos = (model.eos_token_id,)
         return steps.decode(
-            graph, params, kv, rows, temperature, patience, eos, engine.decode_steps
+            graph, params, kv, (), rows, temperature, patience, eos, engine.decode_steps
         )
 
     def extend(params, kv, features, piece):

@@ -63,14 +63,19 @@ def decode(model, cache, steps):
     return np.stack(hidden), cache
 
 
+def opened(cache, most, fresh=(True,) * ROWS, layers=None):
+    layers = layers or window.empty(cache.kv, 2, ROWS, TABLE)
+    return jax.jit(window.load, static_argnums=3)(layers, cache, jnp.asarray(fresh), most)
+
+
 @pytest.mark.parametrize("slots", [512, 16])  # one block, and three
 def test_a_window_is_the_pages(model, cache, slots, monkeypatch):
     monkeypatch.setattr(window, "SLOTS", slots)
     clean = dataclasses.replace(cache, kv=jnp.nan_to_num(cache.kv, posinf=0))
     wanted, pool = decode(model, clean, STEPS)
-    opened = window.gather(cache, 2, STEPS)
-    assert len(opened.layers[0].keys) == (1 if slots == 512 else 3)
-    found, closed = decode(model, opened, STEPS)
+    begun = opened(cache, STEPS)
+    assert len(begun.layers[0].keys) == (1 if slots == 512 else 3)
+    found, closed = decode(model, begun, STEPS)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     np.testing.assert_array_equal(closed.lengths, pool.lengths)
     counts = jnp.minimum(2 + jnp.arange(ROWS), STEPS)
@@ -85,19 +90,37 @@ def test_a_window_is_the_pages(model, cache, slots, monkeypatch):
 def test_a_row_is_the_same_whoever_sits_beside_it(model, cache, slots, monkeypatch):
     """The longest row decides how many blocks are read, and of how many rows products are."""
     monkeypatch.setattr(window, "SLOTS", slots)
-    found, _ = decode(model, window.gather(cache, 2, STEPS), STEPS)
+    found, _ = decode(model, opened(cache, STEPS), STEPS)
     resting = dataclasses.replace(cache, lengths=cache.lengths.at[3].set(0))
-    alone, _ = decode(model, window.gather(resting, 2, STEPS), STEPS)
+    alone, _ = decode(model, opened(resting, STEPS), STEPS)
     np.testing.assert_array_equal(alone[:, :3], found[:, :3])
+
+
+def test_rows_that_stay_are_not_read_again(model, cache):
+    """A look ends and the next begins: two rows stay, the others are taken by somebody else."""
+    whole, _ = decode(model, opened(cache, STEPS), STEPS)
+    _, closed = decode(model, opened(cache, 2), 2)
+    pool = window.scatter(cache, closed, jnp.full(ROWS, 2))
+    fresh = np.asarray([True, False, True, False])
+    # Row 0 takes up where row 1 stands; the pages of those that stay are not there any more.
+    tables = cache.tables.at[0].set(cache.tables[1])
+    kept = np.concatenate([cache.tables[1, 2:], cache.tables[3, 1:]])
+    half = pool.shape[0] // 2
+    spoilt = pool.at[np.concatenate([kept, half + kept])].set(np.nan)
+    then = Cache(spoilt, tables, closed.lengths.at[0].set(closed.lengths[1]))
+    again = opened(then, 1, fresh, closed.layers)
+    out = jax.jit(functools.partial(qwen.forward, model[0]))(
+        model[1], tokens(2, again.lengths, np.ones(ROWS)), again
+    )
+    for row in (2, 3):  # which had not ended by then
+        np.testing.assert_array_equal(out.hidden[row, 0], whole[2, row])
 
 
 def test_a_window_needs_layers_apart(cache):
     graph, shapes = qwen.abstract(CONFIG)
     inputs = tokens(0, cache.lengths, np.ones(ROWS))
     with pytest.raises(ValueError, match="apart"):
-        jax.eval_shape(
-            functools.partial(qwen.forward, graph), shapes, inputs, window.gather(cache, 2, 1)
-        )
+        jax.eval_shape(functools.partial(qwen.forward, graph), shapes, inputs, opened(cache, 1))
 
 
 def test_a_cut_table_is_the_table(model):
