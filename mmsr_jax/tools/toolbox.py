@@ -5,7 +5,6 @@ import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
-import itertools
 import logging
 import threading
 import time
@@ -156,11 +155,13 @@ class Toolbox:
     def _watch(self) -> None:
         wait = 0.0
         while not self._closed.wait(wait):
-            now = self._clock()
+            late = []
             with self._lock:
-                late = list(itertools.takewhile(
-                    lambda item: item[1].started + self._deadline <= now, self._pending.items()
-                ))  # fmt: skip
+                now = self._clock()
+                for future, entry in self._pending.items():
+                    if now - entry.started < self._deadline:
+                        break  # those that follow came later
+                    late.append((future, entry))
             if late and (silent := time.monotonic() - self._beat) > HEARTBEAT + STUCK:
                 log.warning(
                     "a tool has blocked the event loop for %.1f s; %d calls time out",
