@@ -54,8 +54,8 @@ class ToolsConfig:
     backend: Backend = "local"
     image_results: int = 5  # results a call (paper: 5 and 5)
     text_results: int = 5
-    deadline: float = 30.0  # seconds a call may take
-    max_concurrent: int = 64
+    deadline: float = 30.0  # seconds from a call to its result, waiting for the others included
+    max_concurrent: int = 64  # calls that run at the same time
     index: FolderConfig = FolderConfig()
     web: WebConfig = WebConfig()
     store: StoreConfig = StoreConfig()

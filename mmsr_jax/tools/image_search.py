@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from mmsr_jax.tools.attempts import first_good
-from mmsr_jax.tools.base import ToolError
+from mmsr_jax.tools.base import ToolError, began, left
 from mmsr_jax.tools.hits import Found, Hit, ImageProvider
 from mmsr_jax.tools.index.pictures import PictureIndex
 from mmsr_jax.tools.local import LocalImageIndex
@@ -55,7 +55,8 @@ class WebImageSearch:
         what the answers depend on.
       results: titles with thumbnails wanted.
       candidates: matches to try at the most.
-      deadline: seconds for everything; what is done by then is the result.
+      deadline: seconds for everything, from the call's submission; what is done by then is the
+        result.
     """
 
     name = "image_search"
@@ -101,14 +102,13 @@ class WebImageSearch:
         Raises:
           ToolError: the provider's, "budget", or "unread" when thumbnails failed for the moment.
         """
-        until = time.monotonic() + self._deadline
-        matches = await self._matches(call.image)
+        until = began() + self._deadline
+        matches = await self._matches(call.image, until)
 
         async def show(hit: Hit) -> Hit:
             if hit.picture is not None:
                 return hit
-            left = until - time.monotonic()
-            data = inline(hit.thumbnail) or await self._fetch(hit.thumbnail, max(left, 0.001))
+            data = inline(hit.thumbnail) or await self._fetch(hit.thumbnail, left(until))
             return dataclasses.replace(hit, picture=await self._cleaned(data))
 
         tried = await first_good(matches.hits, show, self._results, until - time.monotonic())
@@ -119,7 +119,7 @@ class WebImageSearch:
             tried.good, matches.cost, matches.paid, provider=self.provider, complete=tried.complete
         )
 
-    async def _matches(self, picture: bytes) -> Found:
+    async def _matches(self, picture: bytes, until: float) -> Found:
         provider = self._provider
         content = {
             "identity": dict(provider.identity),
@@ -131,7 +131,7 @@ class WebImageSearch:
         request = Request("lens", provider.name, content)
 
         async def live() -> Found:
-            found = await provider.search(picture, self._candidates, self._deadline)
+            found = await provider.search(picture, self._candidates, left(until))
             hits = [
                 hit if hit.picture is None
                 else dataclasses.replace(hit, picture=await self._cleaned(hit.picture))

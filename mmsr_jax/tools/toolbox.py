@@ -2,23 +2,34 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
+import contextvars
 import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
-from mmsr_jax.tools.base import Tool, ToolError
+from mmsr_jax.tools.base import BEGAN, Tool, ToolError
 from mmsr_jax.types import ResultItem, ToolCall, ToolResult
 
 log = logging.getLogger(__name__)
 
 Future = concurrent.futures.Future
-HEARTBEAT = 0.25  # seconds between two signs of life of the event loop
-GRACE = 1.0  # seconds over the deadline before the loop itself counts as stuck
+HEARTBEAT = 0.25  # seconds between two signs of life of the event loop, and two looks at the calls
+STUCK = 1.0  # seconds without one after which a timeout is also the loop's fault
 CLOSING = 4.0  # seconds that ending what the tools share may take
 MAX_ERROR_CHARS = 300
 CLOSED = "failed: the toolbox is closed"
+
+
+@dataclasses.dataclass
+class _Entry:
+    """A call without a result yet."""
+
+    call: ToolCall
+    started: float  # when it was submitted
+    task: asyncio.Task | None = None  # once the event loop has heard of it
 
 
 @dataclasses.dataclass
@@ -35,13 +46,16 @@ class Toolbox:
 
     Args:
         tools: by the name that `ToolCall.tool` uses.
-        deadline: seconds one call may run, counted from the moment it leaves the queue.
+        deadline: seconds from a call's submission to its result, the queue and all else included.
         max_concurrent: calls that run at the same time; others queue.
         closing: run at the end, on the tools' own event loop: ends what they share.
+        clock: stands in for the time, in tests.
 
     Every future that `submit` returns gets a `ToolResult`: items, or a named error ("timeout",
-    "no_results", "failed: ..."). A second thread watches the loop, so that even a tool that
-    blocks it by mistake costs no more than a timeout.
+    "no_results", "failed: ..."). The deadline is kept in one place, by a thread that does nothing
+    else: whatever a call is doing then, in the queue, on the loop or in a thread of its own that
+    nobody can end, its result is the timeout, and what it brings later is dropped (a recorder may
+    still have kept it).
     """
 
     def __init__(
@@ -50,6 +64,8 @@ class Toolbox:
         deadline: float = 30.0,
         max_concurrent: int = 64,
         closing: Callable[[], Awaitable[None]] | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ):
         if deadline <= 0:
             raise ValueError(f"deadline must be above 0 seconds, not {deadline}")
@@ -57,10 +73,10 @@ class Toolbox:
             raise ValueError(f"max_concurrent must be at least 1, not {max_concurrent}")
         self._tools = dict(tools)
         self._deadline = deadline
-        self._closing = closing
+        self._closing, self._clock = closing, clock
         self._counters = {name: Counter() for name in self._tools}
         self._lock = threading.Lock()
-        self._pending: dict[Future, tuple[ToolCall, float]] = {}
+        self._pending: dict[Future, _Entry] = {}  # in the order of submission: so they time out
         self._closed = threading.Event()
         self._beat = time.monotonic()
         self._loop = asyncio.new_event_loop()
@@ -78,12 +94,12 @@ class Toolbox:
         with self._lock:
             closed = self._closed.is_set()
             if not closed:
-                self._pending[future] = (call, time.monotonic())
+                entry = self._pending[future] = _Entry(call, self._clock())
         if closed:
             future.set_result(ToolResult(call.tool, (), 0.0, CLOSED))
             return future
         try:
-            self._loop.call_soon_threadsafe(self._start, future, call)
+            self._loop.call_soon_threadsafe(self._start, future, entry)
         except RuntimeError:  # closed in between
             self._resolve(future, (), CLOSED)
         return future
@@ -137,23 +153,49 @@ class Toolbox:
         self._loop.call_later(HEARTBEAT, self._pulse)
 
     def _watch(self) -> None:
-        while not self._closed.wait(HEARTBEAT):
-            if time.monotonic() - self._beat < self._deadline + GRACE:
-                continue
+        wait = 0.0
+        while not self._closed.wait(wait):
+            late = []
             with self._lock:
-                stuck = list(self._pending)
-            if stuck:
-                log.warning("a tool blocks the event loop; %d calls time out", len(stuck))
-            for future in stuck:
+                now = self._clock()
+                for future, entry in self._pending.items():
+                    if now - entry.started < self._deadline:
+                        break  # those that follow came later
+                    late.append((future, entry))
+            if late and (silent := time.monotonic() - self._beat) > HEARTBEAT + STUCK:
+                log.warning(
+                    "a tool has blocked the event loop for %.1f s; %d calls time out",
+                    silent, len(late),
+                )  # fmt: skip
+            for future, entry in late:
                 self._resolve(future, (), "timeout")
+                self._give_up(entry)
+            with self._lock:
+                oldest = next(iter(self._pending.values()), None)
+                due = self._deadline + (0.0 if oldest is None else oldest.started - self._clock())
+            # No call that comes meanwhile is due before that.
+            wait = max(0.0, min(HEARTBEAT, self._deadline, due))
 
-    def _start(self, future: Future, call: ToolCall) -> None:
-        task = self._loop.create_task(self._run(future, call))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _give_up(self, entry: _Entry) -> None:
+        """Cancels what a call still does. Without a task it has not begun, and never will."""
+        if entry.task is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(entry.task.cancel)
+
+    def _start(self, future: Future, entry: _Entry) -> None:
+        context = contextvars.copy_context()
+        context.run(BEGAN.set, entry.started)
+        with self._lock:  # so that who gives the call up finds its task, or it never gets one
+            if future not in self._pending:
+                return
+            entry.task = self._loop.create_task(self._run(future, entry.call), context=context)
+        self._tasks.add(entry.task)
+        entry.task.add_done_callback(self._tasks.discard)
 
     async def _run(self, future: Future, call: ToolCall) -> None:
         async with self._slots:
+            if future.done():  # too late already, only nobody has cancelled us yet
+                return
             try:
                 self._resolve(future, await self._ask(call), None)
             except ToolError as error:
@@ -165,34 +207,39 @@ class Toolbox:
                 self._resolve(future, (), "failed: the tool's error cannot be shown")
 
     async def _ask(self, call: ToolCall) -> tuple[ResultItem, ...]:
-        """Runs the tool under its deadline. ToolError for a timeout or for a worthless answer."""
+        """Runs the tool. ToolError for a worthless answer."""
         tool = self._tools.get(call.tool)
         if tool is None:
             raise ToolError("failed", f"no tool {call.tool!r}, only {sorted(self._tools)}")
         task = self._loop.create_task(_contained(tool, call))
-        # Unlike wait_for, wait does not insist that a cancelled task really ends.
-        done, _ = await asyncio.wait({task}, timeout=self._deadline)
-        if not done:
+        try:
+            # Cancelled, `wait` does not insist that the tool's task really ends.
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
             task.cancel()
             task.add_done_callback(lambda late: late.cancelled() or late.exception())
-            raise ToolError("timeout")
+            raise
         if task.cancelled():
             raise ToolError("failed", "the tool cancelled itself")
         return checked(task.result())
 
     def _resolve(self, future: Future, items: tuple[ResultItem, ...], error: str | None) -> None:
-        """Gives the future its result, the first time; later ones are dropped."""
+        """Gives the future its result, the first time; later ones are dropped.
+
+        At the deadline and after it the result is the timeout, whatever has come.
+        """
         with self._lock:
             entry = self._pending.pop(future, None)
             if entry is None:
                 return
-            call, started = entry
-            seconds = time.monotonic() - started
-            counter = self._counters.setdefault(call.tool, Counter())
+            seconds = self._clock() - entry.started
+            if seconds >= self._deadline:
+                items, error = (), "timeout"
+            counter = self._counters.setdefault(entry.call.tool, Counter())
             counter.calls += 1
             counter.errors += error is not None
             counter.seconds += seconds
-        future.set_result(ToolResult(call.tool, items, seconds, error))
+        future.set_result(ToolResult(entry.call.tool, items, seconds, error))
 
 
 async def _contained(tool: Tool, call: ToolCall) -> object:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmsr_jax.tools.attempts import first_good
-from mmsr_jax.tools.base import ToolError
+from mmsr_jax.tools.base import ToolError, began, left
 from mmsr_jax.tools.hits import Found, Hit, TextProvider
 from mmsr_jax.tools.reader import Page, Reader
 from mmsr_jax.tools.recorded import Recorder, Request
@@ -23,7 +23,6 @@ from mmsr_jax.types import ResultItem, ToolCall
 # Goes up with every change of prompts, or of how sentences are chosen (summarize.py, passages.py):
 # older summaries are then asked for anew.
 SUMMARIES = 2
-LEAST = 0.1  # seconds: with less there is no use in asking anybody
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,8 @@ class WebTextSearch:
         provider of passages needs neither.
       results: summaries wanted.
       candidates: links to try at the most.
-      deadline: seconds for everything; what is done by then is the result.
+      deadline: seconds for everything, from the call's submission; what is done by then is the
+        result.
     """
 
     name = "text_search"
@@ -94,7 +94,7 @@ class WebTextSearch:
         Raises:
           ToolError: the provider's, "budget", or "unread" when pages failed for the moment.
         """
-        until = time.monotonic() + self._deadline
+        until = began() + self._deadline
         links = await self._links(call.query, until)
         if self._reader is None:
             hits = [hit for hit in links.hits if hit.text][: self._results]
@@ -123,7 +123,7 @@ class WebTextSearch:
             {"identity": dict(provider.identity), "query": query, "count": count},
         )
         return await self._recorder.ask(
-            request, lambda: provider.search(query, count, _left(until)), provider.price
+            request, lambda: provider.search(query, count, left(until)), provider.price
         )
 
     async def _use(self, hit: Hit, call: ToolCall, until: float) -> Found:
@@ -146,7 +146,7 @@ class WebTextSearch:
         )
 
         async def live() -> Found:
-            said = await summarizer.summarize(call.question, call.query, page, _left(until))
+            said = await summarizer.summarize(call.question, call.query, page, left(until))
             return Found((Hit("", text=said),), stage.price)
 
         summary = await self._stage(request, live, stage.price, "no_results")
@@ -161,7 +161,7 @@ class WebTextSearch:
         request = Request("page", stage.name, {"identity": dict(stage.identity), "url": url})
 
         async def live() -> Found:
-            page = await reader.read(url, _left(until))
+            page = await reader.read(url, left(until))
             return Found((Hit(page.title, page.url, page.text),), stage.price)
 
         return await self._stage(request, live, stage.price, "no_text")
@@ -181,11 +181,3 @@ class WebTextSearch:
         if not found.hits:
             raise ToolError(nothing)
         return found
-
-
-def _left(until: float) -> float:
-    """Seconds left. ToolError "timeout" when there are none to speak of."""
-    left = until - time.monotonic()
-    if left < LEAST:
-        raise ToolError("timeout")
-    return left

@@ -3,7 +3,7 @@
     python tests/tools/storm.py server SEED          prints its address; GET /stats tells its counts
     python tests/tools/storm.py client URL STORE LOG CALLS DISTINCT
 
-The server speaks Serper's /search; three of ten answers are faults of eight kinds. The client
+The server speaks Serper's /search; three of ten answers are faults of nine kinds. The client
 makes CALLS calls over DISTINCT queries, 64 at a time, through toolbox, recorder, store, pipeline,
 provider and HTTP client; every ended call is a line of LOG.
 """
@@ -28,10 +28,17 @@ from mmsr_jax.tools.store import StoreConfig
 from mmsr_jax.tools.toolbox import Toolbox
 from mmsr_jax.types import ToolCall
 
-FAULTS = ("401", "402", "429", "500", "hang", "reset", "truncated", "type")
+# Each fault, and the name under which a call ends that nothing better came to.
+FAULTS = {
+    "401": "unauthorized", "402": "quota", "429": "rate_limited", "500": "server_error",
+    "hang": "timeout", "reset": "unreachable", "truncated": "bad_response",
+    "type": "bad_response", "empty": "bad_response",
+}  # fmt: skip
+MENDED = ("429", "500", "reset")  # the client tries again after these
 SHARE = 0.3
 AT_ONCE = 64
-WEB_DEADLINE, DEADLINE = 1.5, 2.0
+WEB_DEADLINE, DEADLINE = 3.0, 4.0
+HOLD = 0.05  # seconds that a 429 asks for: they hold all calls, and there are 200 of them
 
 
 def truth(query: str) -> dict:
@@ -47,14 +54,12 @@ def truth(query: str) -> dict:
 
 async def serve(seed: int) -> None:
     dice = random.Random(seed)
-    faults: collections.Counter = collections.Counter()
+    faults: collections.defaultdict = collections.defaultdict(list)  # the queries it met
     good: collections.Counter = collections.Counter()
 
     async def handler(head, reader, writer):
         if path(head) == "/stats":
-            counts = {"faults": faults, "good": good, "repeated": {q: n for q, n in good.items()
-                                                                   if n > 1}}  # fmt: skip
-            writer.write(response(200, json.dumps(counts).encode()))
+            writer.write(response(200, json.dumps({"faults": faults, "good": good}).encode()))
             return
         query = json.loads(server.bodies[-1])["q"]
         server.bodies.clear()
@@ -64,8 +69,8 @@ async def serve(seed: int) -> None:
             good[query] += 1
             writer.write(response(200, json.dumps(truth(query)).encode()))
             return
-        fault = dice.choice(FAULTS)
-        faults[fault] += 1
+        fault = dice.choice(tuple(FAULTS))
+        faults[fault].append(query)
         body = json.dumps(truth(query)).encode()
         if fault == "hang":
             await asyncio.sleep(30)
@@ -77,8 +82,10 @@ async def serve(seed: int) -> None:
             writer.write(response(200, body[: len(body) // 2]))
         elif fault == "type":
             writer.write(response(200, b"<html>sorry</html>", "text/html"))
+        elif fault == "empty":
+            writer.write(response(200, b""))
         elif fault == "429":
-            writer.write(response(429, b'{"message": "slow down"}', Retry_After="0"))
+            writer.write(response(429, b'{"message": "slow down"}', Retry_After=HOLD))
         else:
             writer.write(response(int(fault), b'{"message": "no"}'))
 
@@ -101,7 +108,7 @@ def client(url: str, store: str, log: str, calls: int, distinct: int) -> dict:
     limits = Limits(rate=100_000, burst=1000, concurrency=128)
     web = WebConfig(
         text="serper", read=False, deadline=WEB_DEADLINE, serper=SerperConfig(url=url),
-        http=HttpConfig(retries=2, backoff=0.02, default_limits=limits, limits={}),
+        http=HttpConfig(retries=2, backoff=0.02, limits={"serper": limits}),
     )  # fmt: skip
     search = assemble(
         "web", web, StoreConfig(store), BudgetConfig(), image_results=5, text_results=5,
@@ -109,7 +116,8 @@ def client(url: str, store: str, log: str, calls: int, distinct: int) -> dict:
     )  # fmt: skip
     outcomes: collections.Counter = collections.Counter()
     wrong: list[str] = []
-    longest, memory, done = 0.0, [], 0
+    seconds: list[float] = []
+    memory: list[int] = []
     room, lock = threading.Semaphore(AT_ONCE), threading.Lock()
     dice = random.Random(1)
     began = time.monotonic()
@@ -119,7 +127,6 @@ def client(url: str, store: str, log: str, calls: int, distinct: int) -> dict:
     ):
 
         def ended(number, query, future):
-            nonlocal longest, done
             result = future.result()
             kind = (result.error or "items").partition(":")[0]
             if result.error is None:
@@ -130,11 +137,10 @@ def client(url: str, store: str, log: str, calls: int, distinct: int) -> dict:
                 wrong.append(query)
             with lock:
                 outcomes[kind] += 1
-                longest = max(longest, result.seconds)
-                done += 1
-                if done % 1000 == 0:
+                seconds.append(result.seconds)
+                if len(seconds) % 1000 == 0:
                     memory.append(rss())
-                lines.write(json.dumps([number, query, kind]) + "\n")
+                lines.write(json.dumps([number, query, kind, result.error, result.seconds]) + "\n")
             room.release()
 
         for number in range(calls):
@@ -144,10 +150,17 @@ def client(url: str, store: str, log: str, calls: int, distinct: int) -> dict:
             future.add_done_callback(lambda f, n=number, q=query: ended(n, q, f))
         for _ in range(AT_ONCE):
             room.acquire()
+        while search.recorder._flights:  # what callers have given up on ends too
+            time.sleep(0.01)
         counters = search.counters()
+        prefix = "serper/faults/"
+        tries = {n.removeprefix(prefix): c for n, c in search._http.counters().items()
+                 if n.startswith(prefix)}  # fmt: skip
+    over = sorted(s - DEADLINE for s in seconds if s >= DEADLINE)
     return {
-        "calls": calls, "outcomes": dict(outcomes), "wrong": wrong, "longest": round(longest, 3),
-        "memory_mb": memory, "seconds": round(time.monotonic() - began, 1), **counters,
+        "calls": calls, "outcomes": dict(outcomes), "wrong": wrong, "tries": tries,
+        "longest": round(max(seconds), 4), "over": len(over), "memory_mb": memory,
+        "seconds": round(time.monotonic() - began, 1), **counters,
     }  # fmt: skip
 
 

@@ -61,28 +61,26 @@ def test_tool_that_refuses_cancellation_times_out():
     assert result.error == "timeout" and seconds < 2
 
 
-def test_tool_that_blocks_the_loop_times_out(monkeypatch):
-    monkeypatch.setattr(toolbox_lib, "GRACE", 0.1)
+def test_tool_that_blocks_the_loop_times_out(monkeypatch, caplog):
+    monkeypatch.setattr(toolbox_lib, "STUCK", 0.0)
     monkeypatch.setattr(toolbox_lib, "HEARTBEAT", 0.05)
     release = threading.Event()
 
     async def act(call):
         if call.query == "block":
-            release.wait(20)
+            release.wait(60)
         return (ITEM,)
 
-    with Toolbox({"t": Scripted(act)}, deadline=0.2) as box:
+    with Toolbox({"t": Scripted(act)}, deadline=0.5) as box:
         blocked = box.submit(ToolCall("t", "block", b"", ""))
         behind = box.submit(ToolCall("t", "", b"", ""))
-        assert blocked.result(5).error == "timeout"
-        assert behind.result(5).error == "timeout"
-        release.set()  # afterwards the toolbox works again
-        deadline = time.monotonic() + 5
-        while (
-            box.submit(ToolCall("t", "", b"", "")).result(5).error and time.monotonic() < deadline
-        ):
-            time.sleep(0.02)
-        assert box.submit(ToolCall("t", "", b"", "")).result(5).items == (ITEM,)
+        assert blocked.result(30).error == "timeout"
+        assert behind.result(30).error == "timeout"
+        release.set()  # only now: both results came while the loop was blocked
+        assert "blocked the event loop" in caplog.text
+        until = time.monotonic() + 30  # afterwards the toolbox works again
+        while box.submit(ToolCall("t", "", b"", "")).result(30).error:
+            assert time.monotonic() < until
 
 
 @pytest.mark.parametrize(
@@ -183,16 +181,6 @@ def test_calls_run_side_by_side_but_not_too_many():
         assert time.monotonic() - start < 0.05  # submitting does not wait
         assert all(future.result(5).error is None for future in futures)
         assert most == 4 and time.monotonic() - start >= 0.15
-
-
-def test_deadline_starts_when_a_call_leaves_the_queue():
-    async def act(call):
-        await asyncio.sleep(0.1)
-        return (ITEM,)
-
-    with Toolbox({"t": Scripted(act)}, deadline=0.3, max_concurrent=1) as box:
-        futures = [box.submit(ToolCall("t", "", b"", "")) for _ in range(5)]
-        assert [future.result(5).error for future in futures] == [None] * 5
 
 
 def test_counters_add_up():
