@@ -88,11 +88,11 @@ class RunLog:
 
     def trajectories(self, step: int | str, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes `trajectories/STEP.jsonl`, one object a trajectory; replaces an older one."""
-        self.begun = True
-        if self.primary:
-            path = self.workdir / "trajectories" / f"{step}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, records)
+        self._file("trajectories", step, records)
+
+    def traces(self, step: int | str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Writes `traces/STEP.jsonl`: the trajectories' sizes and times (`report/trace.py`)."""
+        self._file("traces", step, records)
 
     def print(self, *renderables: Any) -> None:
         """Shows a table or a line: on standard output, or above a running progress bar."""
@@ -139,6 +139,13 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _file(self, folder: str, step: int | str, records: Iterable[Mapping[str, Any]]) -> None:
+        self.begun = True
+        if self.primary:
+            path = self.workdir / folder / f"{step}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, records)
 
     def _rewrite(self, records: list[Record]) -> None:
         if self.metrics_file.exists():

@@ -53,6 +53,8 @@ class Options:
                 raise ValueError(f"there is no size {name!r}; there are {', '.join(SIZES)}")
         if self.peer not in ("torch", "none"):
             raise ValueError(f"peer {self.peer!r} is none of torch, none")
+        if self.latency.recorded and not self.traces:
+            raise ValueError("latencies as recorded need traces of a run: give --traces FILE")
         counts = {name: getattr(self, name) for name in COUNTS}
         if min(*counts.values(), *self.rows, *self.contexts) < 1:
             raise ValueError(
@@ -117,6 +119,7 @@ def _replays(options: Options, dtype: str) -> dict:
             played = traces.load(options.traces, config)
         else:
             played = traces.draw(options.groups, config, options.seed)
+        late = options.latency.described(played)
         settings = engine_replay.sizes(played, options.replay_rows, options.flight, options.pages)
         engine = engine_replay.warm(config, ours.params, settings)
         record = {
@@ -125,7 +128,7 @@ def _replays(options: Options, dtype: str) -> dict:
             "prompts": len(traces.by_group(played)),
             "turns": sum(len(trace.turns) for trace in played),
             "tokens": sum(sum(trace.turns) for trace in played),
-            "latency": dataclasses.asdict(options.latency),
+            "latency": late,
             "engine": dataclasses.asdict(settings),
         }
         if "replay" in options.parts or "barrier" in options.parts:

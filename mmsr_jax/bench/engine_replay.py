@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from mmsr_jax.bench.trace_file import spread
 from mmsr_jax.bench.traces import Trace, by_group, distinct_tokens
 from mmsr_jax.engine.engine import Engine, EngineConfig
 from mmsr_jax.engine.requests import Request, Resume, stream
@@ -31,12 +32,16 @@ TOOL = "recorded"
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """Seconds of a tool call: lognormal, so that most are quick and a few take very long."""
+    """Seconds of a tool call: lognormal, so that most are quick and a few take very long.
+
+    Or as recorded, when each call ends as it did: median, p99 and deadline then mean nothing.
+    """
 
     median: float = 1.0
     p99: float = 20.0
     deadline: float = 30.0  # calls end there
     scale: float = 1.0  # of all three; 0: tools answer at once
+    recorded: bool = False  # what the traces say, times `scale`
 
     def __post_init__(self):
         if self.scale < 0 or not 0 < self.median <= self.p99 or self.deadline <= 0:
@@ -49,11 +54,31 @@ class Latency:
         """Of the call after that turn: the same in every replay."""
         if not self.scale:
             return 0.0
+        if self.recorded:
+            return self.scale * trace.seconds[turn]
         name = repr((trace.group, trace.sample, turn)).encode()
         seed = int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
         sigma = math.log(self.p99 / self.median) / P99
         drawn = np.random.default_rng(seed).standard_normal()
         return self.scale * self.median * math.exp(sigma * drawn)
+
+    def described(self, traces: Sequence[Trace]) -> dict:
+        """What a record says of it.
+
+        Raises:
+            ValueError: latencies as recorded, of traces that have none.
+        """
+        if not self.recorded:
+            return dataclasses.asdict(self)
+        for trace in traces:
+            if len(trace.seconds) != len(trace.tools):
+                raise ValueError(
+                    f"group {trace.group}, sample {trace.sample} does not say how long its "
+                    f"{len(trace.tools)} tool calls took: record a run (mmsr bench traces), or "
+                    "draw latencies (--latency drawn)"
+                )
+        seconds = spread(second for trace in traces for second in trace.seconds)
+        return {"recorded": True, "scale": self.scale, **seconds}
 
 
 class Sleeper:
@@ -69,7 +94,8 @@ class Sleeper:
 @contextlib.contextmanager
 def tools(latency: Latency, at_once: int) -> Iterator[Toolbox]:
     """A toolbox in which so many calls run at the same time."""
-    deadline = latency.deadline * (latency.scale or 1.0)
+    # Recorded calls end as they ended: nothing cuts them a second time.
+    deadline = math.inf if latency.recorded else latency.deadline * (latency.scale or 1.0)
     with Toolbox({TOOL: Sleeper()}, deadline, at_once) as toolbox:
         yield toolbox
 

@@ -41,13 +41,12 @@ def _speed(side: dict) -> str:
 
 
 def _replay(record: dict) -> list[str]:
-    late, sizes = record["latency"], record["engine"]
+    sizes = record["engine"]
     lines = [
         f"replay, {record['size']}: {record['traces']} conversations of {record['prompts']} "
         f"prompts, {record['turns']} turns, {record['tokens']} tokens to say; {sizes['rows']} "
         f"rows, {sizes['flight']} in flight, {sizes['pages']} pages of {sizes['page']}",
-        f"tools: median {late['scale'] * late['median']:g} s, p99 "
-        f"{late['scale'] * late['p99']:g} s, at most {late['scale'] * late['deadline']:g} s",
+        f"tools: {_latency(record['latency'])}",
     ]
     names = {
         "instant": "ours, instant tools",
@@ -93,3 +92,14 @@ def _replay(record: dict) -> list[str]:
                 f"{loop[ours]['seconds']:.2f} s: {loop[ratio]:.2f} times faster"
             )
     return lines
+
+
+def _latency(late: dict) -> str:
+    """Seconds as they were slept, scaled."""
+    how, most = "", "deadline"
+    if late["recorded"]:
+        if not late["calls"]:
+            return "none was called"
+        how, most = f"{late['calls']} calls as recorded, times {late['scale']:g}: ", "largest"
+    seconds = (late["scale"] * late[name] for name in ("median", "p99", most))
+    return how + "median {:.4g} s, p99 {:.4g} s, at most {:.4g} s".format(*seconds)

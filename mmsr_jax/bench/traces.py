@@ -1,12 +1,8 @@
 """Multi-turn conversations to replay: drawn from a seed, or read from a file.
 
-A trace is what was said, by whom, in ids. A file has one JSON object a line:
-
-    {"group": "q17", "sample": 0, "pieces": [
-      {"author": "prompt", "ids": [...], "pictures": [{"name": "a", "grid": [1, 4, 6]}]},
-      {"author": "model", "ids": [...]},
-      {"author": "tool", "ids": [...], "pictures": []},
-      {"author": "model", "ids": [...]}]}
+A trace is what was said, by whom, in ids. `mmsr bench traces` makes a file of them out of a run
+(`trace_file.py` has the format). There a piece is a number of tokens: its words are then drawn by
+the names of group and sample, so that a run of a large model can be replayed by a small one.
 
 Pixels are left out: a picture is noise drawn from its name, and equal names are equal pictures.
 """
@@ -19,8 +15,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from mmsr_jax.bench import trace_file
 from mmsr_jax.inputs import layout
 from mmsr_jax.model.config import ModelConfig
+from mmsr_jax.report.trace import VERSION
 from mmsr_jax.types import Author, Picture, Tokens
 
 SAMPLES = 8  # of a prompt in drawn traces
@@ -33,6 +31,7 @@ class Trace:
     group: str  # traces of one group begin with the same prompt
     sample: int
     pieces: tuple[Tokens, ...]  # prompt, said, tool, said, ...; the last one is said
+    seconds: tuple[float, ...] = ()  # that each tool took when it was recorded; (): nobody knows
 
     @property
     def prompt(self) -> Tokens:
@@ -103,36 +102,25 @@ def draw(groups: int, config: ModelConfig, seed: int = 0, shape: Shape = Shape()
 
 
 def load(file: pathlib.Path | str, config: ModelConfig) -> list[Trace]:
-    """Traces of a file (see the top of this file), those of a group one after another.
+    """Traces of a file (see `trace_file.py`), those of a group one after another.
 
     Raises:
         ValueError: a line that is no trace, ids the model does not have, pictures that do not
             match the picture tokens, or two prompts in one group.
     """
     writer, groups = _Writer(config), {}
-    for number, line in enumerate(pathlib.Path(file).read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
+    for place, line in trace_file.read(file):
+        with trace_file.explained(place):
             said = [
-                (
-                    piece["author"],
-                    np.asarray(piece["ids"], np.int32),
-                    [(p["name"], tuple(p["grid"])) for p in piece.get("pictures", ())],
-                )
-                for piece in record["pieces"]
+                writer.written(piece, (line.group, *((line.sample, n) if n else ())))
+                for n, piece in enumerate(line.pieces)
             ]
-            trace = writer.trace(str(record["group"]), int(record["sample"]), said)
-        except (KeyError, TypeError, ValueError) as error:
-            named = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{file}, line {number} is no trace: {named}") from None
+            seconds = tuple(piece.seconds for piece in line.tools if piece.seconds is not None)
+            trace = writer.trace(line.group, line.sample, said, seconds)
         group = groups.setdefault(trace.group, [])
         if group and not _equal(group[0].prompt, trace.prompt):
-            raise ValueError(f"{file}, line {number}: group {trace.group} has two prompts")
+            raise ValueError(f"{place}: group {trace.group} has two prompts")
         group.append(trace)
-    if not groups:
-        raise ValueError(f"{file} has no traces")
     return [trace for group in groups.values() for trace in group]
 
 
@@ -148,9 +136,10 @@ def save(traces: Iterable[Trace], file: pathlib.Path | str) -> None:
             }
             for piece in trace.pieces
         ]
-        lines.append(
-            json.dumps({"group": trace.group, "sample": trace.sample, "pieces": pieces}) + "\n"
-        )
+        for piece, seconds in zip(pieces[2::2], trace.seconds, strict=bool(trace.seconds)):
+            piece["seconds"] = seconds
+        record = {"version": VERSION, "group": trace.group, "sample": trace.sample}
+        lines.append(json.dumps(record | {"pieces": pieces}) + "\n")
     pathlib.Path(file).write_text("".join(lines))
 
 
@@ -192,20 +181,39 @@ class _Writer:
             ids.append(config.vision_end_token_id)
         return np.concatenate([np.asarray(ids, np.int32), self.words(rng, count)]), pictures
 
-    def trace(self, group: str, sample: int, said: list) -> Trace:
+    def written(self, piece: trace_file.Piece, name: tuple) -> tuple:
+        """Author, ids and pictures of a file's piece; words that it does not have are drawn.
+
+        `name` names their random stream: equal prompts of a group need equal words.
+        """
+        pictures = [(shown.name, shown.grid) for shown in piece.pictures]
+        if piece.ids is not None:
+            ids = np.asarray(piece.ids, np.int32)
+        else:
+            ids = self.words(_rng(name), piece.tokens)
+            for shown in piece.pictures:
+                merged = int(np.prod(shown.grid)) // self.config.vision.merge_size**2
+                if merged != shown.tokens:
+                    raise ValueError(
+                        f"a picture of {shown.tokens} tokens, but this model makes {merged} of its "
+                        f"grid {shown.grid}"
+                    )
+                if shown.at:
+                    ids[shown.at - 1] = self.config.vision_start_token_id
+                ids[shown.at + merged : shown.at + merged + 1] = self.config.vision_end_token_id
+            for shown in piece.pictures:  # last: nothing else may take a place of theirs
+                ids[shown.at : shown.at + shown.tokens] = self.config.image_token_id
+        return piece.author, ids, pictures
+
+    def trace(self, group: str, sample: int, said: list, seconds: tuple[float, ...] = ()) -> Trace:
         """`said`: (author, ids, [(name, grid), ...]) of each piece."""
-        authors = [author for author, *_ in said]
-        right = len(said) >= 2 and len(said) % 2 == 0 and authors[0] == "prompt"
-        wanted = ["model" if n % 2 else "tool" for n in range(1, len(said))]
-        if not right or authors[1:] != wanted:
-            raise ValueError(f"pieces by {', '.join(authors)}, not by prompt, model, tool, model")
         start, feature, pieces = 0, 0, []
         for author, ids, pictures in said:
             piece = self._piece(author, ids, pictures, start, feature)
             start = piece.next_position
             feature += int((piece.image_index >= 0).sum())
             pieces.append(piece)
-        return Trace(group, sample, tuple(pieces))
+        return Trace(group, sample, tuple(pieces), seconds)
 
     def _piece(self, author, ids, pictures, start, feature) -> Tokens:
         config, count = self.config, len(ids)
@@ -233,11 +241,14 @@ class _Writer:
     def _picture(self, name: str, grid: tuple[int, int, int]) -> Picture:
         key = (name, grid)
         if key not in self.known:
-            seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
             size = (int(np.prod(grid)), self.config.vision.patch_dim)
-            noise = np.random.default_rng(seed).standard_normal(size, np.float32)
-            self.known[key] = Picture(noise, grid)
+            self.known[key] = Picture(_rng(key).standard_normal(size, np.float32), grid)
         return self.known[key]
+
+
+def _rng(name: tuple) -> np.random.Generator:
+    digest = hashlib.sha256(repr(name).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
 def _equal(left: Tokens, right: Tokens) -> bool:

@@ -231,19 +231,25 @@ def _engine_parser(what) -> Parser:
     made.add_argument("--replay-rows", type=int, help="rows that decode at once (default: 16)")
     made.add_argument("--flight", type=int, help="trajectories in the engine (default: 64)")
     made.add_argument("--pages", type=int, help="of its pool (default: enough for all of them)")
-    made.add_argument("--traces", help="JSONL of conversations to replay (default: drawn ones)")
+    made.add_argument(
+        "--traces", help="conversations to replay, from mmsr bench traces (default: drawn ones)"
+    )
     made.add_argument(
         "--groups", type=int, help="prompts that are drawn, 8 samples each (default: 96)"
     )
     made.add_argument("--loop-groups", type=int, help="of them in the plain loop (default: 32)")
     made.add_argument("--seed", type=int, help="of drawn conversations (default: 0)")
     made.add_argument("--repeats", type=int, help="of a replay (default: 3)")
+    made.add_argument(
+        "--latency", default="drawn",
+        help="drawn (default, by the next three) or recorded, what the traces say",
+    )  # fmt: skip
     made.add_argument("--median", type=float, help="seconds of a tool call (default: 1)")
     made.add_argument("--p99", type=float, help="the slowest in a hundred (default: 20)")
     made.add_argument("--deadline", type=float, help="calls end there (default: 30)")
     made.add_argument(
         "--time-scale", dest="scale", type=float,
-        help="of those three; 1 is real time (default: 0.05)",
+        help="of those; 1 is real time (default: 0.05, of recorded ones 1)",
     )  # fmt: skip
     return made
 
@@ -257,10 +263,16 @@ def _engine(given) -> dict:
         for name, value in vars(given).items()
         if value is not None
     }
-    names = {field.name for field in dataclasses.fields(Latency)}
-    latency = dataclasses.replace(
-        engine.Options.latency, **{name: chosen[name] for name in names & chosen.keys()}
-    )
+    known = [field.name for field in dataclasses.fields(Latency)]
+    wanted = {name: chosen[name] for name in known if name in chosen}
+    if (kind := chosen.pop("latency")) not in ("drawn", "recorded"):
+        raise ValueError(f"latency {kind!r} is none of drawn, recorded")
+    if kind == "recorded":
+        if extra := [f"--{name}" for name in wanted if name != "scale"]:
+            raise ValueError(f"{', '.join(extra)}: only of --latency drawn, not of recorded ones")
+        latency = Latency(recorded=True, **wanted)
+    else:
+        latency = dataclasses.replace(engine.Options.latency, **wanted)
     names = {field.name for field in dataclasses.fields(engine.Options)}
     return engine.run(
         engine.Options(**{name: chosen[name] for name in names & chosen.keys()}, latency=latency)
@@ -273,10 +285,43 @@ def _show_engine(record: dict) -> None:
     print(engine_table.table(record))
 
 
+def _traces_parser(what) -> Parser:
+    made = what.add_parser(
+        "traces",
+        prog="mmsr bench traces",
+        description="Writes the conversations of a run as traces for `mmsr bench engine`: groups, "
+        "lengths of turns and results, sizes of pictures, and the seconds of each tool call, "
+        "without their words and pixels.",
+        example="mmsr bench traces runs/flags flags.jsonl --step 100 120\n"
+        "  mmsr bench engine --parts replay barrier --traces flags.jsonl --latency recorded",
+    )
+    made.add_argument("run", metavar="RUN", help="a run's folder")
+    made.add_argument("out", metavar="OUT.jsonl", help="file to write")
+    made.add_argument(
+        "--step", nargs="+", default=[],
+        help="steps of training, or names in RUN/traces such as eval-after-sampled (default: all "
+        "steps of training)",
+    )  # fmt: skip
+    return made
+
+
+def _traces(given) -> dict:
+    from mmsr_jax.bench import trace_file
+
+    return trace_file.collect(given.run, given.out, given.step)
+
+
+def _show_traces(record: dict) -> None:
+    from mmsr_jax.bench import trace_file
+
+    print(trace_file.table(record))
+
+
 # name: (adds its parser, measures, prints the table)
 MEASUREMENTS = {
     "model": (_model_parser, _model, _show_model),
     "load": (_load_parser, _load, _show_load),
     "tools": (_tools_parser, _tools, _show_tools),
     "engine": (_engine_parser, _engine, _show_engine),
+    "traces": (_traces_parser, _traces, _show_traces),
 }

@@ -13,6 +13,7 @@ from mmsr_jax.logs import RunLog
 from mmsr_jax.loops.stopping import check_search, check_search_between
 from mmsr_jax.report.record import trajectory_record
 from mmsr_jax.report.table import evaluation_table
+from mmsr_jax.report.trace import trace_records
 from mmsr_jax.rewards.score import score
 
 
@@ -127,6 +128,8 @@ def _play(job: Job, log: RunLog, title: str, temperature: float, samples: int, f
         )  # fmt: skip
     check_search(job)
     job.skipped += len(bad)
+    name = "-".join(["eval", *title.split(", ")])
+    log.traces(name, trace_records(groups, name))
     return [
         Scored(t, score(list(t.responses), list(t.example.answers), e.reward))
         for group in groups

@@ -10,6 +10,7 @@ from mmsr_jax.logs import RunLog
 from mmsr_jax.loops.stopping import check_search
 from mmsr_jax.parallel import compiles
 from mmsr_jax.report.record import trajectory_record
+from mmsr_jax.report.trace import trace_records
 from mmsr_jax.rewards.score import score
 from mmsr_jax.tools.budget import SearchStopped
 from mmsr_jax.train import state as state_lib
@@ -102,6 +103,7 @@ def run(job: Job, log: RunLog, params):
                 shown = shown[: config.save_trajectories]
                 records = [trajectory_record(s.trajectory, s.parts) for s in shown]
                 log.trajectories(number + 1, records)
+                log.traces(number + 1, trace_records(groups, number + 1))
                 bar.advance({"reward": metrics["reward/mean"], "search": metrics["search/ratio"]})
                 # 5. Checkpoint.
                 done = number + 1

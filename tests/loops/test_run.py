@@ -1,5 +1,6 @@
 """A whole run, shrunk: same seed same metrics, killed and continued, nothing compiles when warm."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -45,6 +46,12 @@ def test_run_leaves_what_the_contract_names(whole, small):
     for name in ("config.json", "metrics.jsonl", "summary.json", "eval.json", "report.html"):
         assert (whole / name).is_file(), name
     assert (whole / "trajectories" / "1.jsonl").is_file()
+    for step in ("1", "5", "eval-before-greedy", "eval-after-sampled", "eval-always_search"):
+        traced = (whole / "traces" / f"{step}.jsonl").read_text().splitlines()
+        groups = collections.Counter(json.loads(line)["group"] for line in traced)
+        if step in ("1", "5"):  # all of them, not only those that are shown
+            assert list(groups.values()) == [small.grpo.group_size] * small.grpo.prompts
+        assert groups
     assert list((whole / "tensorboard").rglob("events*"))
     assert experiment_lib.Experiment.from_json((whole / "config.json").read_text()) == small
     logged = [line for line in lines(whole) if line["stage"] == "grpo"]
