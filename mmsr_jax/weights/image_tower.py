@@ -49,13 +49,13 @@ class LoadedTower:
 
 def entries(config: ImageTowerConfig) -> tuple[Entry, ...]:
     """The whole table for a tower of this size."""
-    d, f, patch = config.hidden, config.intermediate, config.patch_size
+    d, f, p = config.hidden, config.intermediate, config.patch_size
     clip = config.kind == "clip"
     table = [
         Entry(
             ("patch", "kernel"),
             (f"{TOWER}embeddings.patch_embedding.weight",),
-            (d, 3, patch, patch),
+            (d, 3, p, p),
         ),
         Entry(
             ("positions",), (f"{TOWER}embeddings.position_embedding.weight",), (config.tokens, d)
