@@ -21,9 +21,12 @@ def add(commands) -> None:
     made.add_argument(
         "--pictures",
         default="hash",
-        help="hash (default: perceptual hash and colour) or qwen2_5_vl (its vision tower)",
+        help="hash (default: perceptual hash and colour), or the vision tower of a clip, siglip or "
+        "qwen2_5_vl checkpoint",
     )
-    made.add_argument("--weights", default="", help="for qwen2_5_vl: a folder or a hub id")
+    made.add_argument(
+        "--weights", default="", help="for clip, siglip, qwen2_5_vl: a folder or a hub id"
+    )
     made.add_argument(
         "--vectors",
         default="auto",

@@ -6,7 +6,13 @@ import pathlib
 from mmsr_jax.tools.index.embed import Embedder
 from mmsr_jax.tools.index.embed_hash import HashEmbedder
 
-EMBEDDERS = ("hash", "qwen2_5_vl")
+TOWERS = ("clip", "siglip")
+EMBEDDERS = ("hash", "qwen2_5_vl", *TOWERS)
+EXAMPLES = {
+    "qwen2_5_vl": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "clip": "openai/clip-vit-base-patch32",
+    "siglip": "google/siglip-base-patch16-224",
+}
 
 
 def embedder(name: str, weights: str = "") -> Embedder:
@@ -16,35 +22,35 @@ def embedder(name: str, weights: str = "") -> Embedder:
         weights: folder or hub id of a checkpoint, for those that need one.
 
     Raises:
-        ValueError: no such embedder, weights missing or given in vain, or of a model that is not
-            supported (CLIP and SigLIP).
+        ValueError: no such embedder, weights missing or given in vain, or of another model.
     """
     if name == "hash":
         if weights:
             raise ValueError(f"pictures by hash need no weights, {weights} would not be used")
         return HashEmbedder()
-    if name in ("clip", "siglip", "siglip2"):
-        raise ValueError(_unsupported(name))
-    if name != "qwen2_5_vl":
+    if name == "siglip2":
+        raise ValueError(
+            "pictures by siglip2 (NaFlex) are not supported; SigLIP 2 checkpoints of one picture "
+            "size, such as google/siglip2-base-patch16-224, are read by siglip"
+        )
+    if name not in EMBEDDERS:
         raise ValueError(f"no embedder {name!r}, only {', '.join(EMBEDDERS)}")
     if not weights:
         raise ValueError(
-            "pictures by qwen2_5_vl need --weights: a folder, or a hub id such as "
-            "Qwen/Qwen2.5-VL-3B-Instruct"
+            f"pictures by {name} need --weights: a folder, or a hub id such as {EXAMPLES[name]}"
         )
+    # jax: only where it is asked for
+    if name in TOWERS:
+        from mmsr_jax.embed.image_tower import TowerEmbedder
+
+        return TowerEmbedder(name, weights)
     kind = _kind(pathlib.Path(weights))
-    if kind.startswith(("clip", "siglip")):
-        raise ValueError(f"{weights} is a {kind} model; {_unsupported(kind)}")
-    from mmsr_jax.embed.qwen2_5_vl import VisionEmbedder  # jax: only where it is asked for
+    for other in TOWERS:
+        if kind in (other, f"{other}_vision_model"):
+            raise ValueError(f"{weights} is a {kind} model: its pictures are embedded by {other}")
+    from mmsr_jax.embed.qwen2_5_vl import VisionEmbedder
 
     return VisionEmbedder(weights)
-
-
-def _unsupported(name: str) -> str:
-    return (
-        f"pictures by {name} are not supported: transformers 5 has no flax towers, and there is "
-        f"no port of them here; take one of {', '.join(EMBEDDERS)}"
-    )
 
 
 def _kind(folder: pathlib.Path) -> str:

@@ -162,7 +162,7 @@ def preprocess(
         raise ValueError(f"a picture is bytes, a PIL picture or an array, not {type(image)}")
     width, height = image.size
     height, width = target_size(height, width, config)
-    pixels = _rgb(image).resize((width, height), Image.Resampling.BICUBIC)
+    pixels = rgb(image).resize((width, height), Image.Resampling.BICUBIC)
     patch, merge = config.patch_size, config.merge_size
     h, w = height // patch, width // patch
     # [H/28, 2, 14, W/28, 2, 14, C] -> [H/28, W/28, 2, 2, C, 14, 14]
@@ -234,7 +234,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     """RGB, with whatever is transparent put on white."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")

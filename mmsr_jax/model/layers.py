@@ -76,6 +76,22 @@ class RMSNorm(nnx.Module):
         return (self.scale[...].astype(x.dtype) * normal.astype(x.dtype)).reshape(x.shape)
 
 
+class LayerNorm(nnx.Module):
+    """Mean and variance norm with a bias: float32 inside, then back to x's dtype."""
+
+    def __init__(self, size: int, eps: float, *, param_dtype: str):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,), param_dtype), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros((size,), param_dtype), axes=(None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
+        return (normal * scale + bias).astype(x.dtype)
+
+
 class Embedding(nnx.Module):
     """The token table; also the output head when the two are tied."""
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmsr_jax.embed import embedder
 from mmsr_jax.embed.qwen2_5_vl import VisionEmbedder, VisionEmbedderConfig
 from mmsr_jax.inputs import images as image_inputs
 from mmsr_jax.inputs.layout import vision_inputs
@@ -97,10 +96,3 @@ def test_an_index_by_the_tower(eyes, checkpoint, tmp_path):
             assert found[0][0].title == str(number) and found[0][1] > found[1][1]
     with pytest.raises(ValueError, match="built with qwen2_5_vl .* cannot be searched with hash"):
         open_index(tmp_path / "out")
-
-
-@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2_vision_model"])
-def test_other_models_are_refused_by_name(tmp_path, kind):
-    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
-    with pytest.raises(ValueError, match=f"is a {kind} model; .* not supported"):
-        embedder("qwen2_5_vl", str(tmp_path))
