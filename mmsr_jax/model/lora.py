@@ -192,11 +192,16 @@ def init(shapes: dict, key: jax.Array) -> dict:
     return make()
 
 
+def _layers_apart(node) -> bool:
+    """Whether a node holds one tree a layer (`apart.unstack`); a cut token table holds arrays."""
+    return isinstance(node, tuple) and isinstance(node[0], dict)
+
+
 def split(params: dict) -> tuple[dict, dict]:
     """(base, adapter) of a tree with both: new dicts around the same leaves."""
     base, adapter = {}, {}
     for name, node in params.items():
-        if isinstance(node, tuple):  # layers kept apart
+        if _layers_apart(node):
             halves = [split(layer) for layer in node]
             below, own = (tuple(half) if any(half) else () for half in zip(*halves, strict=True))
         elif isinstance(node, dict):
@@ -216,7 +221,7 @@ def join(base: dict, adapter: dict) -> dict:
     out = dict(base)
     for name, node in adapter.items():
         below = out.get(name)
-        if isinstance(node, tuple):  # layers kept apart
+        if _layers_apart(node):
             out[name] = tuple(join(*both) for both in zip(below, node, strict=True))
         else:
             out[name] = join(below or {}, node) if isinstance(node, dict) else node

@@ -16,7 +16,6 @@ from mmsr_jax.experiment import Experiment
 from mmsr_jax.logs import RunLog
 from mmsr_jax.loops import run as loop
 from mmsr_jax.model import lora
-from mmsr_jax.model import qwen2_5_vl as qwen
 from mmsr_jax.train import state as state_lib
 
 LORA = lora.LoRAConfig(rank=2, targets=("q_proj", "down_proj"))
@@ -100,8 +99,8 @@ def test_the_engine_gets_the_base_once(whole, adapted):
     newest = job.newest_params()
     job.sync(newest)
     first, adapter = lora.split(job.engine.params)
-    jax.tree.map(np.testing.assert_array_equal, adapter, qwen.unstack(newest))
-    jax.tree.map(np.testing.assert_array_equal, first, qwen.unstack(job.base))
+    jax.tree.map(np.testing.assert_array_equal, adapter, job.engine.lay_out(newest))
+    jax.tree.map(np.testing.assert_array_equal, first, job.engine.lay_out(job.base))
     job.sync(jax.tree.map(lambda p: p + 1, newest))
     again, moved = lora.split(job.engine.params)
     leaves = zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True)
