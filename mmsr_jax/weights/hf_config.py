@@ -102,7 +102,7 @@ def read(folder: pathlib.Path | str) -> ModelConfig:
 
 
 def flat(config: ModelConfig, dtype: str, max_positions: int = 128000) -> dict[str, Any]:
-    """The published flat layout, which every version of transformers and vLLM reads.
+    """The flat layout of the published checkpoints, which transformers and vLLM read.
 
     Raises:
         ValueError: a size that the original code derives from others, and this one differs.

@@ -6,8 +6,7 @@ import pathlib
 from mmsr_jax.model.image_tower import ImageTowerConfig
 
 # Published configs leave out what their class has by default (google/siglip-base-patch16-224 says
-# of its tower nothing but its type): CLIPVisionConfig and SiglipVisionConfig of transformers 5.24,
-# the same as in every version before.
+# of its tower nothing but its type): CLIPVisionConfig and SiglipVisionConfig of transformers 5.24.
 DEFAULTS = {
     "clip": {
         "hidden_size": 768,
