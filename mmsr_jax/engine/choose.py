@@ -33,9 +33,11 @@ def choose(logits, keys, counts, temperature):
     # drawing noise costs more than the rest of this.
     noisy = jax.lax.cond(greedy, lambda: scaled, lambda: scaled + jax.vmap(noise)(keys, counts))
     # The first of the largest. `jnp.argmax`, a reduction of pairs, takes XLA on CPU several times
-    # as long as two of numbers. Where logits are no numbers it is the last id.
+    # as long as two of numbers. As there, what is no number counts as the largest.
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    largest = noisy == noisy.max(axis=-1, keepdims=True)
+    largest = (noisy == noisy.max(axis=-1, keepdims=True)) | jnp.isnan(noisy)
     token = jnp.where(largest, ids, logits.shape[-1] - 1).min(axis=-1)
-    chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
+    # As `log_softmax` has it: the largest is subtracted first, and large logits lose no digits.
+    top = scaled.max(axis=-1, keepdims=True)
+    chosen = (jnp.take_along_axis(scaled, token[:, None], axis=-1) - top)[:, 0]
+    return token, chosen - jnp.log(jnp.exp(scaled - top).sum(axis=-1))

@@ -134,6 +134,8 @@ class Device:
             self.graph, self.params, self.kv, self.window, rows, np.float32(temperature),
             np.int32(patience), self.eos_ids, self.config.decode_steps,
         )  # fmt: skip
+        for row, s in zip(seats, running, strict=True):  # now that they sit there
+            self.seated[row] = s.number, s.fed
         host = jax.device_get(sampled)  # the one copy of a look to the host
         by_entry = (x[seats] for x in (host.ids, host.logprobs, host.counts, host.active))
         return steps.Sampled(*by_entry, host.steps)
@@ -147,9 +149,9 @@ class Device:
         seats = [held.get((s.number, s.fed)) for s in running]
         free = iter(sorted(set(range(self.config.rows)) - set(seats)))
         fresh = np.zeros(self.config.rows, bool)
-        for i, s in enumerate(running):
-            if seats[i] is None:
+        for i, row in enumerate(seats):
+            if row is None:
                 seats[i] = next(free)
                 fresh[seats[i]] = True
-            self.seated[seats[i]] = (s.number, s.fed)
+                self.seated[seats[i]] = None  # until it has been filled
         return seats, fresh

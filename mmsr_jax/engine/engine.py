@@ -282,8 +282,13 @@ class Engine:
         if parts:
             later = schedule.having(Status.FEEDING)
             soon = [p for s in later for p in self.device.pictures(s, s.cached, s.known)]
-            self._counters["copied_pages"] += self.device.copy(schedule.copies)
-            self.device.extend(parts, pictures, soon)
+            try:
+                self._counters["copied_pages"] += self.device.copy(schedule.copies)
+                self.device.extend(parts, pictures, soon)
+            except BaseException:  # what is in their pages now, nobody knows
+                for sequence in {s.number: s for s, *_ in parts}.values():
+                    schedule.drop(sequence)
+                raise
             self._counters["extensions"] += 1
         return moved or bool(parts)
 

@@ -242,7 +242,9 @@ def merge(params: dict, lora: LoRAConfig, dtype: str | None = None) -> dict:
     def walk(node: dict, stacked: bool) -> dict:
         out = {}
         for name, child in node.items():
-            if isinstance(child, dict):
+            if _layers_apart(child):
+                out[name] = tuple(walk(layer, False) for layer in child)
+            elif isinstance(child, dict):
                 out[name] = walk(child, stacked or name == "layers")
             elif name not in (A, B):
                 out[name] = child

@@ -45,7 +45,7 @@ class Window:
 def empty(kv: jax.Array, layers: int, rows: int, table: int) -> tuple[Layer, ...]:
     """Room for rows of `table` pages of the pool `kv`."""
     page, heads, size = sizes(kv)
-    blocks = -(-table * page // SLOTS)
+    blocks = -(-table // max(SLOTS // page, 1))
     length = -(-table // blocks) * page
 
     def room(*shape):  # each an array of its own: they are donated

@@ -48,3 +48,32 @@ def test_a_draw_is_named_by_its_key_and_number_only():
         assert alone[0] == together[row]
     draws = [choose(wide[:1], keys(1), zeros(1) + n, jnp.float32(1))[0][0] for n in range(20)]
     assert len(set(map(int, draws))) > 10
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_large_logits_cost_no_digits(temperature):
+    """The trainer subtracts the largest before it adds up: 2000 - 2000.5 has lost them."""
+    logits = 2000 + 3 * jax.random.normal(jax.random.key(4), (64, 50))
+    token, logprob = choose(logits, keys(*range(64)), zeros(64), jnp.float32(temperature))
+    exact = np.asarray(logits, np.float64) - 2000
+    exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
+    np.testing.assert_allclose(logprob, exact[np.arange(64), token], atol=2e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_are_no_numbers_choose_as_numpy_does(temperature):
+    """Not an id that is never sampled: those stay finite (`NEVER`) whatever the weights are."""
+    never, nan, inf = -1e30, np.nan, np.inf
+    logits = jnp.asarray(
+        [
+            [never, nan, nan, never],
+            [never, 1.0, nan, never],
+            [never, inf, 1.0, never],
+            [never, -inf, 1.0, -inf],
+            [never, -50.0, never, never],
+        ],
+        jnp.float32,
+    )
+    token, logprob = choose(logits, keys(*range(5)), zeros(5), jnp.float32(temperature))
+    assert token.tolist() == [1, 2, 1, 2, 1]
+    assert np.isnan(logprob[:3]).all() and logprob[3:].tolist() == [0.0, 0.0]

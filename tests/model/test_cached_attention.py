@@ -130,6 +130,22 @@ def test_kernels_equal_the_gather(kernel, dtype, shape, monkeypatch):
     )
 
 
+def test_what_is_not_finite_behind_a_rows_tokens_stays_there():
+    """Padding of a part stands before slots that were somebody else's."""
+    case = example(7, 8, 4, 2, 32)
+    pool = other_order(np.asarray(case.cache.kv)).copy()
+    clean = dataclasses.replace(case.cache, kv=jnp.asarray(pool))
+    for row, end in ((0, 57), (5, 31)):  # of row 5 four tokens are new: 3 of padding follow
+        for slot in range(end, 96):
+            pool[case.first + case.cache.tables[row, slot // 8], :, :, slot % 8] = np.nan
+    spoilt = dataclasses.replace(clean, kv=jnp.asarray(pool))
+    found, wanted = (
+        attended("xla", dataclasses.replace(case, cache=cache)) for cache in (spoilt, clean)
+    )
+    real = np.asarray(case.segments) > 0
+    np.testing.assert_array_equal(found[real], wanted[real])
+
+
 def test_a_row_is_the_same_whoever_sits_beside_it(monkeypatch):
     use(monkeypatch, "gpu")
     case = example(1, 8, 4, 2, 32)

@@ -196,6 +196,15 @@ def test_merging_rounds_once(tiny, drawn):
     assert merged["text"]["embed"]["table"] is base["text"]["embed"]["table"]
 
 
+def test_merging_takes_layers_apart_too(tiny, drawn):
+    """As the engine has them, its token table in parts."""
+    joined = lora.join(tiny.params(), drawn)
+    merged = lora.merge(qwen2_5_vl.unstack(joined, 3), EVERY)
+    wanted = qwen2_5_vl.unstack(lora.merge(joined, EVERY), 3)
+    assert jax.tree.structure(merged) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, merged, wanted)
+
+
 def test_adapters_are_kept_in_their_own_dtype(tiny):
     half = dataclasses.replace(tiny.model, dtype="bfloat16", param_dtype="bfloat16")
     base, adapter = lora.split(qwen2_5_vl.abstract(half, lora=EVERY)[1])

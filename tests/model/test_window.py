@@ -116,6 +116,28 @@ def test_rows_that_stay_are_not_read_again(model, cache):
         np.testing.assert_array_equal(out.hidden[row, 0], whole[2, row])
 
 
+def test_a_window_in_bfloat16_is_the_pages(cache):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    model = qwen.abstract(config)[0], qwen.unstack(qwen.init(CONFIG, jax.random.key(0)))
+    kv = jnp.nan_to_num(cache.kv, posinf=0).astype("bfloat16")
+    cache = dataclasses.replace(cache, kv=kv)
+    wanted, _ = decode(model, cache, STEPS)
+    begun = opened(cache, STEPS)
+    assert begun.added[0].dtype == begun.layers[0].keys[0].dtype == "bfloat16"
+    found, _ = decode(model, begun, STEPS)
+    scale = np.abs(wanted.astype("f")).max()
+    np.testing.assert_allclose(found.astype("f"), wanted.astype("f"), atol=0.02 * scale)
+
+
+@pytest.mark.parametrize("page, table, blocks", [(1024, 1, 1), (300, 3, 3), (32, 17, 2), (8, 1, 1)])
+def test_blocks_hold_a_row_and_little_more(page, table, blocks):
+    pool = jax.ShapeDtypeStruct((table, 2, 1, page, 4), np.float32)
+    (layer,) = window.empty(pool, 1, 2, table)
+    slots = sum(values.shape[2] for values in layer.values)
+    assert len(layer.values) == blocks and 0 <= slots - table * page < blocks * page
+    assert all(v.shape[2] <= max(window.SLOTS, page) for v in layer.values)
+
+
 def test_a_window_needs_layers_apart(cache):
     graph, shapes = qwen.abstract(CONFIG)
     inputs = tokens(0, cache.lengths, np.ones(ROWS))
@@ -138,3 +160,30 @@ def test_a_cut_table_is_the_table(model):
     np.testing.assert_allclose(
         run(cut, inputs).logits, run(whole, inputs).logits, atol=1e-6, rtol=1e-6
     )
+
+
+def test_a_small_table_for_many_cores():
+    """No part is empty: nothing can be looked up in that."""
+    few = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocab_size=5))
+    graph, whole = qwen.abstract(few)[0], qwen.init(few, jax.random.key(0))
+    cut = qwen.unstack(whole, 64)
+    assert [len(part) for part in cut["text"]["embed"]["table"]] == [1] * 5
+    ids = np.asarray([[0, 4, 2]], np.int32)
+    inputs = qwen.Inputs(ids, np.zeros((3, 1, 3), np.int32), np.ones_like(ids), ids * 0 - 1)
+    run = jax.jit(functools.partial(qwen.forward, graph))
+    found, wanted = (run(params, inputs).logits for params in (cut, qwen.unstack(whole)))
+    np.testing.assert_allclose(found, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_a_table_that_is_no_head_stays_whole():
+    """Parts are for the logits; they would cost a second table."""
+    untied = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, tied=False))
+    graph, whole = qwen.abstract(untied)[0], qwen.init(untied, jax.random.key(0))
+    apart = qwen.unstack(whole, 3)
+    assert apart["text"]["embed"] is whole["text"]["embed"]
+    assert apart["text"]["head"] is whole["text"]["head"]
+    ids = np.asarray([[3, 511, 170]], np.int32)
+    inputs = qwen.Inputs(ids, np.zeros((3, 1, 3), np.int32), np.ones_like(ids), ids * 0 - 1)
+    run = jax.jit(functools.partial(qwen.forward, graph))
+    found, wanted = (run(params, inputs).logits for params in (apart, whole))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)

@@ -160,6 +160,8 @@ def bind_cached(
     if name == "xla":
         slots = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
         grown = cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
+        # Padding looks no further than the row's tokens: behind them anything may lie.
+        slots = jnp.minimum(slots, jnp.maximum(grown - 1, 0)[:, None])
         # Rows without a new token (paused ones) do not count, however long they are.
         reach = jnp.max(jnp.where(used, grown, 0))
         return lambda q, kv, first: attend_cached(q, kv, cache.tables, first, slots, reach)
