@@ -62,11 +62,11 @@ def parse_json(body: bytes, content_type: str) -> object:
         raise ToolError("bad_response", f"JSON expected, {kind[:60]} came")
     try:
         value = json.loads(body, parse_constant=_refuse)
+        return _mended(value) if _SURROGATE.search(body) else value
     except RecursionError:
         raise ToolError("bad_response", "the JSON is nested too deeply") from None
     except ValueError:  # UnicodeDecodeError is one too
         raise ToolError("bad_response", f"broken JSON of {len(body)} bytes") from None
-    return _mended(value) if _SURROGATE.search(body) else value
 
 
 def _too_large(limit: int) -> ToolError:

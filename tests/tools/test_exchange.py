@@ -1,0 +1,34 @@
+"""Bodies of errors and JSON that are made to keep the reader busy, or to show half a password."""
+
+import pytest
+
+from mmsr_jax.tools import exchange
+from mmsr_jax.tools.base import ToolError
+from mmsr_jax.tools.body import parse_json
+from mmsr_jax.tools.exchange import MAX_ERROR_BODY, failure
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_a_long_error_is_not_searched_for_addresses(show, monkeypatch):
+    """256 KB of "http://" took 40 seconds, in which no other call went on."""
+    searched = []
+    monkeypatch.setattr(exchange, "redact", lambda text: searched.append(text) or text)
+    error = failure(500, {}, b"http://" * (1 << 15), (), show)
+    assert error.kind == "server_error" and len(error.body) == MAX_ERROR_BODY
+    assert all(len(text) <= MAX_ERROR_BODY for text in searched)
+
+
+def test_no_half_of_an_address_is_shown():
+    long = b"see https://a.example/?" + b"q" * (MAX_ERROR_BODY - 50)
+    for extra in range(60):  # where the cut falls
+        body = long + b"q" * extra + b" https://user:password@b.example/ " + b"x" * 9000
+        shown = str(failure(500, {}, body, (), True))
+        assert "HTTP 500: see https" in shown and "pass" not in shown
+    whole = str(failure(400, {}, b"ask https://user:password@b.example/ now", (), True))
+    assert whole == "bad_response: HTTP 400: ask https://***@b.example/ now"
+
+
+def test_deep_json_with_half_a_character():
+    body = b"[" * 700 + rb'"\ud800"' + b"]" * 700
+    with pytest.raises(ToolError, match="bad_response: the JSON is nested too deeply"):
+        parse_json(body, "application/json")
