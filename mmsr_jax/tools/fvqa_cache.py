@@ -14,6 +14,7 @@ import hashlib
 import io
 import pathlib
 import pickle
+import pickletools
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
@@ -104,6 +105,17 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("references to the outside have no place in it")
 
 
+def _check_memo(data: bytes) -> None:
+    """Raises UnpicklingError for a place in the memo that no pickler would use.
+
+    The memo is as long as its largest number: five bytes of a stranger's could make it 34 GB. What
+    is longer than the file is found on the way.
+    """
+    for count, (code, number, _) in enumerate(pickletools.genops(data)):
+        if code.name.endswith("PUT") and number > count:
+            raise pickle.UnpicklingError(f"{count} steps do not fill a memo of {number}")
+
+
 def load(path: str | pathlib.Path) -> dict[str, dict[str, list]]:
     """The cache: `data_id` -> {titles, pictures (URL or `Pickled`)}.
 
@@ -114,8 +126,9 @@ def load(path: str | pathlib.Path) -> dict[str, dict[str, list]]:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, at most {MAX_BYTES}")
     try:
-        with path.open("rb") as file:
-            cache = _Unpickler(file).load()
+        data = path.read_bytes()
+        _check_memo(data)
+        cache = _Unpickler(io.BytesIO(data)).load()
     except Exception as error:  # a hostile pickle raises anything
         raise ValueError(f"{path} is no cache of image searches: {error}") from error
     if not isinstance(cache, dict):

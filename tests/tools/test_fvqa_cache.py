@@ -149,6 +149,9 @@ def evil_pickles(flag: str) -> dict[str, bytes]:
         "persistent": b"\x80\x04\x8c\x01aQ.",
         "bytearray": pickle.dumps(WithState()),
         "unsafe text": b"cos\nsystem\n(S'touch " + flag.encode() + b"'\ntR.",
+        "memo": b"\x80\x04}r\x00\x00\x00\x01.",  # 268 MB; with the largest number 34 GB
+        "memo in words": b"(dp99999\n.",
+        "longer than the file": b"\x80\x04\x96\x00\x00\x00\x00\x08\x00\x00\x00x.",
         "cut": pickle.dumps({"a": 1})[:-3],
         "empty": b"",
         "no dict": pickle.dumps([1, 2]),
