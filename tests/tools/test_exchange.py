@@ -1,10 +1,12 @@
 """Bodies of errors and JSON that are made to keep the reader busy, or to show half a password."""
 
+import asyncio
+
 import pytest
 
 from mmsr_jax.tools import exchange
 from mmsr_jax.tools.base import ToolError
-from mmsr_jax.tools.body import parse_json
+from mmsr_jax.tools.body import parse_json, read_body
 from mmsr_jax.tools.exchange import MAX_ERROR_BODY, failure
 
 
@@ -32,3 +34,22 @@ def test_deep_json_with_half_a_character():
     body = b"[" * 700 + rb'"\ud800"' + b"]" * 700
     with pytest.raises(ToolError, match="bad_response: the JSON is nested too deeply"):
         parse_json(body, "application/json")
+
+
+@pytest.mark.parametrize(("size", "good"), [(1, False), (31, False), (32, True)])
+def test_a_body_in_crumbs_is_not_read_to_its_end(size, good):
+    """Byte by byte, 8 MB kept the event loop busy for all the seconds that a page may take."""
+    read = 0
+
+    async def chunks():
+        nonlocal read
+        for read in range(1, 10_001):
+            yield b"x" * size
+
+    reading = read_body(chunks(), "", None, 1 << 20)
+    if good:
+        assert len(asyncio.run(reading)) == size * 10_000
+        return
+    with pytest.raises(ToolError, match=f"bad_response: {size * 4097} bytes in 4097 chunks"):
+        asyncio.run(reading)
+    assert read == 4097
