@@ -43,7 +43,8 @@ def test_a_body_in_crumbs_is_not_read_to_its_end(size, good):
 
     async def chunks():
         nonlocal read
-        for read in range(1, 10_001):
+        for number in range(1, 10_001):
+            read = number
             yield b"x" * size
 
     reading = read_body(chunks(), "", None, 1 << 20)
