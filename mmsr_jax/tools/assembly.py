@@ -85,7 +85,7 @@ class WebConfig:
         answers.base_url(self.reader.jina_url, "Jina Reader")
         if self.reader.jina_key_env:
             answers.variable(self.reader.jina_key_env, "Jina Reader")
-        if self.deadline <= 0:
+        if not self.deadline > 0:
             raise ValueError(f"web.deadline must be above 0 seconds, not {self.deadline}")
 
 

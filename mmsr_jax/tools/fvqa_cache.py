@@ -32,6 +32,7 @@ KIND = "image_search"
 TITLES, PICTURES = "tool_returned_web_title_list", "tool_returned_images_urls"
 MAX_BYTES = 1 << 30  # of a pickle; the release's have 11 and 4 MB
 MAX_PIXELS = 16_000_000  # of a pickled thumbnail
+MAX_RESULTS = 100  # of a question
 AT_ONCE = 32  # thumbnails that are fetched at the same time
 
 # Pillow pickles a picture as its class, made empty, and a state (see Image.__setstate__).
@@ -53,6 +54,12 @@ class Pickled:
 
     def picture(self) -> bytes:
         """PNG. ValueError when the state is not that of a picture."""
+        # Kept: a pickle may name one picture very many times, and each would be held for itself.
+        if not hasattr(self, "_png"):
+            self._png = self._encoded()
+        return self._png
+
+    def _encoded(self) -> bytes:
         state = self.state if isinstance(getattr(self, "state", None), (list, tuple)) else ()
         if len(state) < 5:
             raise ValueError("a pickled picture without its state")
@@ -199,7 +206,7 @@ async def convert(
             (title.strip(), shown)
             for title, shown in zip(entry[TITLES], entry[PICTURES], strict=False)
             if isinstance(title, str) and title.strip()
-        ]
+        ][:MAX_RESULTS]
         pictures = await asyncio.gather(*(picture(shown) for _, shown in pairs))
         hits = tuple(
             Hit(title, shown if isinstance(shown, str) else "", picture=data)
