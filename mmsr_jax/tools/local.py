@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
 from mmsr_jax.tools.base import ToolError
 
@@ -114,7 +114,7 @@ def _formats() -> tuple[str, ...]:
 def decoded_pixels(image: Image.Image) -> int:
     """Pixels that decoding an open picture fills: a TIFF's tile may be larger than the TIFF."""
     tags = getattr(image, "tag_v2", {})
-    sides = (tags.get(TiffImagePlugin.TILEWIDTH), tags.get(TiffImagePlugin.TILELENGTH))
+    sides = (tags.get(322), tags.get(323))  # TileWidth, TileLength
     tile = sides[0] * sides[1] if all(isinstance(side, int) for side in sides) else 0
     return max(image.width * image.height, tile)
 

@@ -14,7 +14,7 @@ def open_to_read(path: pathlib.Path) -> sqlite3.Connection:
     db = sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
     try:
         (views,) = db.execute(
-            "SELECT count(*) FROM sqlite_schema WHERE type NOT IN ('table', 'index')"
+            "SELECT count(*) FROM sqlite_master WHERE type NOT IN ('table', 'index')"
         ).fetchone()
         if views:
             raise sqlite3.DatabaseError("it holds views or triggers, an index has none")
