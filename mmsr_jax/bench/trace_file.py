@@ -87,7 +87,7 @@ class explained:
         pass
 
     def __exit__(self, kind, error, where) -> None:
-        if isinstance(error, (KeyError, TypeError, ValueError, OverflowError)):
+        if isinstance(error, (KeyError, TypeError, ValueError, OverflowError, RecursionError)):
             named = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{self.place} is no trace: {named}") from None
 

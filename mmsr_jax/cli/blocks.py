@@ -6,6 +6,8 @@ import sys
 
 from PIL import Image
 
+from mmsr_jax.tools.pictures import web_formats
+
 COLUMNS = 24
 ROWS = 9  # lines, each of two pixels
 
@@ -19,7 +21,7 @@ def shows_colours() -> bool:
 def lines(picture: bytes) -> list[str]:
     """The picture as lines of text with colour codes; none when it cannot be decoded."""
     try:
-        image = Image.open(io.BytesIO(picture)).convert("RGB")
+        image = Image.open(io.BytesIO(picture), formats=web_formats()).convert("RGB")
         image.thumbnail((COLUMNS, 2 * ROWS))
     except Exception:  # decoders of hostile bytes raise anything
         return []

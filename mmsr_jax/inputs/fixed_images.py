@@ -43,6 +43,7 @@ DEFAULTS = {
     "CLIPFeatureExtractor": _SHARED | _CLIP,  # its name until 2022
     "SiglipImageProcessor": _SHARED | _SIGLIP,
 }
+MAX_EXCESS = 8  # shorter side by crop; the pixels between them are made and thrown away
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,11 @@ class FixedImageConfig:
                 raise ValueError(f"{name} {sides} has a side below 1")
         if self.shortest is not None and self.shortest < 1:
             raise ValueError(f"a shorter side of {self.shortest}, at least 1 needed")
+        if self.crop and self.shortest and self.shortest > MAX_EXCESS * max(self.crop):
+            raise ValueError(
+                f"a shorter side of {self.shortest} for a crop of {self.crop}: at most "
+                f"{MAX_EXCESS} times as much"
+            )
         if self.resample not in list(Image.Resampling):
             raise ValueError(f"resample {self.resample!r} is none of Pillow's (0 to 5)")
         if (self.mean is None) != (self.std is None):

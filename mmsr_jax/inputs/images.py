@@ -10,6 +10,7 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageOps
 
+from mmsr_jax.tools.local import decoded_pixels
 from mmsr_jax.types import Picture
 
 # What people put on web pages. Others stay out: some of Pillow's decoders start programs.
@@ -126,9 +127,11 @@ def decode(data: bytes) -> Image.Image:
         raise ValueError(f"the picture is broken: {error}") from error
     width, height = image.size
     _check_aspect(height, width)
-    if width * height > MAX_DECODED_PIXELS:
+    if (pixels := decoded_pixels(image)) > MAX_DECODED_PIXELS:
+        tile = "" if pixels == width * height else f", a tile has {pixels}"
         raise ValueError(
-            f"the picture is too large: {width} x {height} pixels, at most {MAX_DECODED_PIXELS}"
+            f"the picture is too large: {width} x {height} pixels{tile}, at most "
+            f"{MAX_DECODED_PIXELS}"
         )
     try:
         image.load()

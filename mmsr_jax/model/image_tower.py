@@ -18,6 +18,7 @@ from mmsr_jax.model.layers import Dense, LayerNorm
 from mmsr_jax.parallel.rules import Placement
 
 KINDS = ("clip", "siglip")
+MAX_LAYERS = 1000  # of a config; the tensors that it promises are listed before any is read
 # By the names that configs use. `gelu_new` is the same formula as `gelu_pytorch_tanh`.
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -60,8 +61,10 @@ class ImageTowerConfig:
             )
         if self.hidden % self.heads:
             raise ValueError(f"hidden {self.hidden} does not divide by {self.heads} heads")
-        if (self.projection > 0) != (self.kind == "clip"):
-            raise ValueError(f"projection {self.projection} of a {self.kind} tower")
+        if self.layers > MAX_LAYERS:
+            raise ValueError(f"{self.layers} layers, at most {MAX_LAYERS}: no tower has so many")
+        if not isinstance(self.projection, int) or (self.projection > 0) != (self.kind == "clip"):
+            raise ValueError(f"projection {self.projection!r} of a {self.kind} tower")
         jnp.dtype(self.dtype)
 
     @property

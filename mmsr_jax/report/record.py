@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from mmsr_jax.tools.pictures import web_formats
 from mmsr_jax.types import Author, ToolResult, Trajectory, Turn
 
 MAX_SIDE = 256  # pixels; a page needs no more, and a step can have hundreds of trajectories
@@ -63,13 +64,14 @@ def _turn(turn: Turn) -> dict[str, Any]:
 def _png(picture: bytes) -> str:
     file = io.BytesIO()
     try:
-        image = Image.open(io.BytesIO(picture))
+        # Some of Pillow's other decoders start programs, and an index may be a stranger's.
+        image = Image.open(io.BytesIO(picture), formats=web_formats())
         small = max(image.size) <= MAX_SIDE
         if small and image.format == "PNG":
             return base64.b64encode(picture).decode()
         if not small:
             image.thumbnail((MAX_SIDE, MAX_SIDE))
         image.convert("RGB").save(file, "PNG")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # decoders of hostile bytes raise anything
         return ""
     return base64.b64encode(file.getvalue()).decode()

@@ -1,5 +1,6 @@
 """From configuration to a run's search tools: providers, reader, store, budget, in one piece."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -80,12 +81,11 @@ class WebConfig:
         limits = {**LIMITS, **self.http.limits}
         object.__setattr__(self, "http", dataclasses.replace(self.http, limits=limits))
         for name in ("page_price", "summary_price"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"web.{name} must be at least 0, not {getattr(self, name)}")
+            answers.price(getattr(self, name), f"web.{name}")
         answers.base_url(self.reader.jina_url, "Jina Reader")
         if self.reader.jina_key_env:
             answers.variable(self.reader.jina_key_env, "Jina Reader")
-        if self.deadline <= 0:
+        if not self.deadline > 0:
             raise ValueError(f"web.deadline must be above 0 seconds, not {self.deadline}")
 
 
@@ -130,14 +130,15 @@ class Search:
 
     async def close(self) -> None:
         """Ends connections and processes, closes store and index; on the tools' event loop."""
-        if self._reader is not None:
-            await self._reader.close()
-        if self._http is not None:
-            await self._http.close()
-        if self._index is not None:
-            self._index.close()
-        if self.recorder is not None:
-            self.recorder.close()
+        # From the last to the first. One that fails, or is cut off, does not keep the others open.
+        async with contextlib.AsyncExitStack() as closing:
+            if self.recorder is not None:
+                closing.callback(self.recorder.close)
+            if self._index is not None:
+                closing.callback(self._index.close)
+            for part in (self._http, self._reader):
+                if part is not None:
+                    closing.push_async_callback(part.close)
 
 
 def assemble(

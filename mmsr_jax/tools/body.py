@@ -9,6 +9,10 @@ from mmsr_jax.tools.base import ToolError
 
 ENCODINGS = "gzip, deflate"  # what we ask for; zlib can stop in the middle, others may not
 MAX_MEMBERS = 64  # gzip files may be many files in a row
+# Each chunk takes the event loop 12 microseconds, however small it is: 8 MB byte by byte would keep
+# it for the whole deadline. No server means to send so many that are so small.
+FREE_CHUNKS = 4096
+LEAST_CHUNK = 32  # bytes, on average, of what has more chunks than these
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -25,15 +29,18 @@ async def read_body(
         length: Content-Length header, if any.
 
     Raises:
-        ToolError: "too_large"; "bad_response" for an encoding that was not asked for, or broken.
+        ToolError: "too_large"; "bad_response" for an encoding that was not asked for, or broken,
+            and for crumbs.
     """
     inflate = _inflater(encoding)
     announced = int(length) if length and re.fullmatch("[0-9]{1,18}", length) else 0
     if inflate is None and announced > limit:
         raise _too_large(limit)
-    body, taken = bytearray(), 0
+    body, taken, count = bytearray(), 0, 0
     async for chunk in chunks:
-        taken += len(chunk)
+        taken, count = taken + len(chunk), count + 1
+        if count > FREE_CHUNKS and taken < count * LEAST_CHUNK:
+            raise ToolError("bad_response", f"{taken} bytes in {count} chunks")
         if taken > limit + 65_536:  # compressed data that yield nothing are no way around it
             raise _too_large(limit)
         body += chunk if inflate is None else inflate.feed(chunk, limit + 1 - len(body))
@@ -62,11 +69,11 @@ def parse_json(body: bytes, content_type: str) -> object:
         raise ToolError("bad_response", f"JSON expected, {kind[:60]} came")
     try:
         value = json.loads(body, parse_constant=_refuse)
+        return _mended(value) if _SURROGATE.search(body) else value
     except RecursionError:
         raise ToolError("bad_response", "the JSON is nested too deeply") from None
     except ValueError:  # UnicodeDecodeError is one too
         raise ToolError("bad_response", f"broken JSON of {len(body)} bytes") from None
-    return _mended(value) if _SURROGATE.search(body) else value
 
 
 def _too_large(limit: int) -> ToolError:

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
 import pathlib
 import threading
 import time
@@ -36,7 +37,7 @@ class BudgetConfig:
     money: float = 0.0  # US dollars; 0: no limit
 
     def __post_init__(self):
-        if self.money < 0:
+        if not 0 <= self.money < math.inf:
             raise ValueError(f"budget.money must be at least 0 US dollars, not {self.money}")
 
 
@@ -97,6 +98,7 @@ class Budget:
         self.money = money
         self.calls = 0  # paid calls of this process
         self.stopped = ""  # why, once a call was refused
+        self._unwritten = False  # and whether it was for want of a ledger, not of money
         self._total = 0.0  # spent, and set aside
         self._held = 0.0  # set aside by this process
         self._lock = threading.Lock()
@@ -114,6 +116,8 @@ class Budget:
         if self._ledger is None or not self._ledger.exists():
             return
         with self._ledger.open("rb") as file:
+            if file.seek(0, 2) < self._read:  # somebody began a new one: what was spent, was spent
+                self._read = 0
             file.seek(self._read)
             lines, newline, _ = file.read().rpartition(b"\n")
         self._read += len(lines) + len(newline)
@@ -129,7 +133,8 @@ class Budget:
         and the service did not say that it bills nothing; tries before the last one come on top.
 
         Raises:
-          ToolError: "budget", when the money does not suffice; `stopped` then says so.
+          ToolError: "budget", when the money does not suffice, or the payment cannot be written
+            down; `stopped` then says so.
         """
         held = Hold(self, provider, price)
         if price and not self._set_aside(provider, price):
@@ -153,16 +158,25 @@ class Budget:
         return not held.price or self._set_aside(held.provider, held.price)
 
     def _set_aside(self, provider: str, price: float) -> bool:
-        with self._lock, self._alone():
-            if self.money and self._total + price > self.money + 1e-9:
-                self.stopped = (
-                    f"the budget of {self.money:g} US dollars for search is spent: "
-                    f"{self.spent:.4f} paid, {self._held:.4f} in calls under way, and a call to "
-                    f"{provider} costs {price:g}"
-                )
-                return False
-            self._write(provider, price)
-            self._held += price
+        try:
+            with self._lock, self._alone():
+                return self._granted(provider, price)
+        except OSError as error:
+            # Nobody wants to find out after a night that it trained on errors.
+            self._unwritten = True
+            self.stopped = f"payments cannot be written to {self._ledger}: {error.strerror}"
+            return False
+
+    def _granted(self, provider: str, price: float) -> bool:
+        if self.money and self._total + price > self.money + 1e-9:
+            self.stopped = (
+                f"the budget of {self.money:g} US dollars for search is spent: "
+                f"{self.spent:.4f} paid, {self._held:.4f} in calls under way, and a call to "
+                f"{provider} costs {price:g}"
+            )
+            return False
+        self._write(provider, price)
+        self._held += price
         return True
 
     def _settle(self, held: Hold, cost: float) -> None:
@@ -204,7 +218,12 @@ class Budget:
             self._catch_up()
 
     def check(self) -> None:
-        """Raises BudgetSpent once a call was refused for want of money."""
+        """Raises SearchStopped once a call was refused, BudgetSpent if for want of money."""
+        if self._unwritten:
+            raise SearchStopped(
+                f"{self.stopped}. What was trained is saved; when they can be, the same command "
+                "continues"
+            )
         if self.stopped:
             raise BudgetSpent(
                 f"{self.stopped}. What was trained is saved; a higher --tools.budget.money and "

@@ -68,12 +68,23 @@ def failure(
 ) -> HttpError:
     """The error that a status stands for; `show`: with a few words of the body in its text."""
     body = redact_bytes(body, secrets)  # before anything is cut: half a key is a key's half
-    words = redact(" ".join(body.decode("utf-8", "replace").split()))
-    words = "".join(char for char in words if char.isprintable())[:MAX_EXCERPT]
-    shown = f": {words}" if show and words and "html" not in headers.get("content-type", "") else ""
+    shown = _excerpt(body) if show and "html" not in headers.get("content-type", "") else ""
     kind = STATUS_KINDS.get(status, "server_error" if status >= 500 else "bad_response")
     wait = retry_after(headers.get("retry-after"), headers.get("date"))
     return HttpError(kind, f"HTTP {status}{shown}", status, body[:MAX_ERROR_BODY], wait)
+
+
+def _excerpt(body: bytes) -> str:
+    """The first words of an error's body, as they follow a status."""
+    # Not of all of it: looking for addresses takes time that grows with the square of a text that
+    # is made for it, and the event loop waits.
+    said = body[:MAX_ERROR_BODY].decode("utf-8", "replace").split()
+    if said and len(body) > MAX_ERROR_BODY:  # the last word may end in half an address
+        head, mark, _ = said[-1].rpartition("://")
+        said[-1] = head if mark else said[-1]
+    words = redact(" ".join(said))
+    words = "".join(char for char in words if char.isprintable())[:MAX_EXCERPT]
+    return f": {words}" if words else ""
 
 
 def cleaned(error: ToolError, secrets: tuple[str, ...]) -> HttpError:

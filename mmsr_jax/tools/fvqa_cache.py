@@ -14,6 +14,7 @@ import hashlib
 import io
 import pathlib
 import pickle
+import pickletools
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
@@ -31,6 +32,7 @@ KIND = "image_search"
 TITLES, PICTURES = "tool_returned_web_title_list", "tool_returned_images_urls"
 MAX_BYTES = 1 << 30  # of a pickle; the release's have 11 and 4 MB
 MAX_PIXELS = 16_000_000  # of a pickled thumbnail
+MAX_RESULTS = 100  # of a question
 AT_ONCE = 32  # thumbnails that are fetched at the same time
 
 # Pillow pickles a picture as its class, made empty, and a state (see Image.__setstate__).
@@ -52,6 +54,12 @@ class Pickled:
 
     def picture(self) -> bytes:
         """PNG. ValueError when the state is not that of a picture."""
+        # Kept: a pickle may name one picture very many times, and each would be held for itself.
+        if not hasattr(self, "_png"):
+            self._png = self._encoded()
+        return self._png
+
+    def _encoded(self) -> bytes:
         state = self.state if isinstance(getattr(self, "state", None), (list, tuple)) else ()
         if len(state) < 5:
             raise ValueError("a pickled picture without its state")
@@ -104,6 +112,17 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("references to the outside have no place in it")
 
 
+def _check_memo(data: bytes) -> None:
+    """Raises UnpicklingError for a place in the memo that no pickler would use.
+
+    The memo is as long as its largest number: five bytes of a stranger's could make it 34 GB. What
+    is longer than the file is found on the way.
+    """
+    for count, (code, number, _) in enumerate(pickletools.genops(data)):
+        if code.name.endswith("PUT") and number > count:
+            raise pickle.UnpicklingError(f"{count} steps do not fill a memo of {number}")
+
+
 def load(path: str | pathlib.Path) -> dict[str, dict[str, list]]:
     """The cache: `data_id` -> {titles, pictures (URL or `Pickled`)}.
 
@@ -114,8 +133,9 @@ def load(path: str | pathlib.Path) -> dict[str, dict[str, list]]:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, at most {MAX_BYTES}")
     try:
-        with path.open("rb") as file:
-            cache = _Unpickler(file).load()
+        data = path.read_bytes()
+        _check_memo(data)
+        cache = _Unpickler(io.BytesIO(data)).load()
     except Exception as error:  # a hostile pickle raises anything
         raise ValueError(f"{path} is no cache of image searches: {error}") from error
     if not isinstance(cache, dict):
@@ -186,7 +206,7 @@ async def convert(
             (title.strip(), shown)
             for title, shown in zip(entry[TITLES], entry[PICTURES], strict=False)
             if isinstance(title, str) and title.strip()
-        ]
+        ][:MAX_RESULTS]
         pictures = await asyncio.gather(*(picture(shown) for _, shown in pairs))
         hits = tuple(
             Hit(title, shown if isinstance(shown, str) else "", picture=data)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from mmsr_jax.tools.attempts import first_good
-from mmsr_jax.tools.base import ToolError, began, left
+from mmsr_jax.tools.base import LEAST, ToolError, began, left
 from mmsr_jax.tools.hits import Found, Hit, ImageProvider
 from mmsr_jax.tools.index.pictures import PictureIndex
 from mmsr_jax.tools.local import LocalImageIndex
@@ -100,7 +100,8 @@ class WebImageSearch:
         """Titles and thumbnails; none when the provider knows no match, or none with a thumbnail.
 
         Raises:
-          ToolError: the provider's, "budget", or "unread" when thumbnails failed for the moment.
+          ToolError: the provider's, "budget", "timeout" when no thumbnail came in time, "unread"
+            when they failed for the moment.
         """
         until = began() + self._deadline
         matches = await self._matches(call.image, until)
@@ -113,8 +114,10 @@ class WebImageSearch:
 
         tried = await first_good(matches.hits, show, self._results, until - time.monotonic())
         if matches.hits and not tried.good and not tried.complete:
-            first = str(tried.errors[0]) if tried.errors else "timeout"
-            raise ToolError("unread", f"none of {len(matches.hits)} thumbnails: {first}"[:200])
+            none = f"none of {len(matches.hits)} thumbnails"
+            if tried.late or until - time.monotonic() < LEAST:  # who joined may have some
+                raise ToolError("timeout", f"{none} in time")
+            raise ToolError("unread", f"{none}: {tried.errors[0]}"[:200])
         return Found(
             tried.good, matches.cost, matches.paid, provider=self.provider, complete=tried.complete
         )

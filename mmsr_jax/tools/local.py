@@ -94,7 +94,8 @@ class PictureEntry(NamedTuple):
 
 # What people put on web pages; some of Pillow's other decoders start programs.
 # (MPO comes under JPEG's name: a name that Pillow does not know would end the search.)
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")
+# Not ICO: it is decoded before it says how large it is.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 89_000_000  # decoded, of a picture that is indexed: up to 1 GB while it is read
 QUERY_PIXELS = 16_000_000  # of one that is searched with, by many at a time: up to 200 MB
 
@@ -108,6 +109,14 @@ def _formats() -> tuple[str, ...]:
     """Those of `FORMATS` that this build of Pillow opens: at any other name it would give up."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def decoded_pixels(image: Image.Image) -> int:
+    """Pixels that decoding an open picture fills: a TIFF's tile may be larger than the TIFF."""
+    tags = getattr(image, "tag_v2", {})
+    sides = (tags.get(322), tags.get(323))  # TileWidth, TileLength
+    tile = sides[0] * sides[1] if all(isinstance(side, int) for side in sides) else 0
+    return max(image.width * image.height, tile)
 
 
 def load(picture: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -127,8 +136,9 @@ def load(picture: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             scales = [n for n in (2, 4, 8) if -(-width // n) * -(-height // n) <= max_pixels]
             scale = scales[0] if scales else 8
             image.draft("RGB", (width // scale, height // scale))
-        if image.width * image.height > max_pixels:
-            raise ValueError(f"{width} x {height} pixels, at most {max_pixels}")
+        if (pixels := decoded_pixels(image)) > max_pixels:
+            tiles = "" if pixels == image.width * image.height else f", a tile has {pixels}"
+            raise ValueError(f"{width} x {height} pixels, at most {max_pixels}{tiles}")
         if image.mode == "RGB" and "transparency" not in image.info:
             image.load()
             return image.copy()  # plain: no file of its own, no format

@@ -11,7 +11,7 @@ import io
 from PIL import Image, ImageOps
 
 from mmsr_jax.tools.base import ToolError
-from mmsr_jax.tools.local import FORMATS
+from mmsr_jax.tools.local import FORMATS, decoded_pixels
 
 MAX_RATIO = 200  # Qwen2.5-VL takes no picture longer than 200 times its width
 
@@ -51,8 +51,9 @@ def reencode(picture: bytes, limits: PictureLimits = PictureLimits()) -> bytes:
         image = Image.open(io.BytesIO(picture), formats=web_formats())
         lossy = image.format in ("JPEG", "MPO", "WEBP", "AVIF")
         width, height = image.size
-        if width * height > limits.max_pixels:
-            text = f"a picture of {width} x {height} pixels, {limits.max_pixels} allowed"
+        if (pixels := decoded_pixels(image)) > limits.max_pixels:
+            tile = "" if pixels == width * height else f", a tile has {pixels}"
+            text = f"a picture of {width} x {height} pixels{tile}, {limits.max_pixels} allowed"
             raise ToolError("too_large", text)
         if max(width, height) > MAX_RATIO * min(width, height):
             raise ToolError("bad_picture", f"{width} x {height} pixels are a line")
@@ -79,10 +80,10 @@ def reencode(picture: bytes, limits: PictureLimits = PictureLimits()) -> bytes:
 def web_formats() -> tuple[str, ...]:
     """What this build of Pillow reads of `FORMATS`.
 
-    Not PPM, whose decoder is slow Python, nor ICO, which may hold more pixels than it says.
+    Not PPM, whose decoder is slow Python.
     """
     Image.init()
-    return tuple(n for n in FORMATS if n in Image.OPEN and n not in ("PPM", "ICO"))
+    return tuple(n for n in FORMATS if n in Image.OPEN and n != "PPM")
 
 
 def _shown(image: Image.Image) -> Image.Image:

@@ -213,7 +213,8 @@ class Recorder:
 
     async def _keep(self, record: Record) -> None:
         try:
-            kept = await self._on_disk(self.store.put, record)
+            # Shielded: what is paid for is written, also when the toolbox closes meanwhile.
+            kept = await asyncio.shield(self._on_disk(self.store.put, record))
         except sqlite3.Error as error:
             kept = False
             log.warning("an answer of %s is not recorded: %s", record.provider, error)
@@ -251,11 +252,17 @@ class Recorder:
     async def _look(self, key: str) -> Found | None:
         replay = self.mode == "replay"
         age = 0.0 if replay else self._ttl
-        record = await self._on_disk(self.store.get, key, age, replay)
+        try:
+            record = await self._on_disk(self.store.get, key, age, replay)
+        except sqlite3.Error as error:
+            if replay:
+                raise
+            log.warning("%s cannot be read, the service is asked: %s", self.store.path, error)
+            return None
         return None if record is None else read(record)
 
-    async def _on_disk(self, function, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(self._disk, function, *arguments)
+    def _on_disk(self, function, *arguments) -> asyncio.Future:
+        return asyncio.get_running_loop().run_in_executor(self._disk, function, *arguments)
 
     def counters(self) -> dict[str, float]:
         """Totals since the start: calls to services that were `live` and those of them that

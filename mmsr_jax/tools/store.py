@@ -91,12 +91,20 @@ class Store:
         self._uses: dict[str, list[float]] = {}  # key -> [last use, uses], not yet written
         self._counts: dict[str, float] = {}  # counters not yet written
         self._db = store_file.connect(self.path, write)
+        self._waiting = store_file.BUSY_SECONDS  # what `connect` has set
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """One transaction that holds the write lock from its start; all of it, or nothing."""
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                # Whoever holds the lock so long may hold it much longer, and all calls stand behind
+                # this one: until a write works again none waits long.
+                self._wait(store_file.BUSY_SECONDS / 100)
+                raise
+            self._wait(store_file.BUSY_SECONDS)
             try:
                 yield
                 self._db.execute("COMMIT")
@@ -104,6 +112,12 @@ class Store:
                 if self._db.in_transaction:  # after a full disk sqlite has rolled back itself
                     self._db.execute("ROLLBACK")
                 raise
+
+    def _wait(self, seconds: float) -> None:
+        """How long a writer waits for another process's lock from now on."""
+        if seconds != self._waiting:
+            self._db.execute(f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
+            self._waiting = seconds
 
     def get(self, key: str, max_age: float = 0.0, replay: bool = False) -> Record | None:
         """The record of a request; None when there is none.

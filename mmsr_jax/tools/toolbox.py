@@ -67,7 +67,7 @@ class Toolbox:
         *,
         clock: Callable[[], float] = time.monotonic,
     ):
-        if deadline <= 0:
+        if not deadline > 0:
             raise ValueError(f"deadline must be above 0 seconds, not {deadline}")
         if max_concurrent < 1:
             raise ValueError(f"max_concurrent must be at least 1, not {max_concurrent}")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmsr_jax.tools.attempts import first_good
-from mmsr_jax.tools.base import ToolError, began, left
+from mmsr_jax.tools.base import LEAST, ToolError, began, left
 from mmsr_jax.tools.hits import Found, Hit, TextProvider
 from mmsr_jax.tools.reader import Page, Reader
 from mmsr_jax.tools.recorded import Recorder, Request
@@ -92,7 +92,8 @@ class WebTextSearch:
         """The results; none when the provider knows no links, or no page says anything useful.
 
         Raises:
-          ToolError: the provider's, "budget", or "unread" when pages failed for the moment.
+          ToolError: the provider's, "budget", "timeout" when no page came in time, "unread" when
+            they failed for the moment.
         """
         until = began() + self._deadline
         links = await self._links(call.query, until)
@@ -105,8 +106,10 @@ class WebTextSearch:
 
         tried = await first_good(links.hits, use, self._results, until - time.monotonic())
         if links.hits and not tried.good and not tried.complete:
-            first = str(tried.errors[0]) if tried.errors else "timeout"
-            raise ToolError("unread", f"none of {len(links.hits)} pages: {first}"[:200])
+            none = f"none of {len(links.hits)} pages"
+            if tried.late or until - time.monotonic() < LEAST:  # who joined may have some
+                raise ToolError("timeout", f"{none} in time")
+            raise ToolError("unread", f"{none}: {tried.errors[0]}"[:200])
         return Found(
             tuple(hit for found in tried.good for hit in found.hits),
             links.cost + sum(found.cost for found in tried.good),

@@ -14,6 +14,7 @@ from mmsr_jax.tools.base import ToolError
 PROGRAM = pathlib.Path(__file__).with_name("parsing.py")
 MAX_JOBS = 500  # then a fresh process: parsers leak
 MAX_ANSWER = 64 << 20
+CPU_SECONDS = 8.0  # for a page, where its deadline is longer: two of a stranger's stop all others
 # What a Python needs to start. Keys in the environment are none of a parser's business.
 ENVIRONMENT = (
     "PATH",
@@ -57,7 +58,8 @@ class Parsers:
         """Title and text of a page, see `parsing.parse`.
 
         Args:
-            deadline: seconds, waiting for a free process included.
+            deadline: seconds, waiting for a free process included. The page itself gets no more
+                than `CPU_SECONDS` and two of a core.
 
         Raises:
             ToolError: "timeout"; "no_text"; "too_large" for memory; "bad_response" for a page that
@@ -69,7 +71,7 @@ class Parsers:
             "max_pages": max_pages,
             "max_chars": max_chars,
             "memory": self._memory,
-            "seconds": deadline,
+            "seconds": min(deadline, CPU_SECONDS),
             "length": len(body),
         }
         try:

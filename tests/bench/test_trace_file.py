@@ -168,6 +168,7 @@ def said(*pieces, **fields):
         ('{"version": 1, "gro', "line 2 is no trace"),
         ('{"example": "q", "turns": []}', "line 2 is no trace: no 'pieces'"),
         ("[1]", "no object"),
+        ("[" * 100_000, "line 2 is no trace"),
         (said(PROMPT, WORDS, version=2), "version 2, and this mmsr reads 1"),
         (said(PROMPT, WORDS | {"tokens": 0}), "tokens is 0, not a whole number from 1 on"),
         (said(PROMPT, WORDS | {"ids": [3]}), "either tokens or ids"),

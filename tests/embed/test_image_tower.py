@@ -99,6 +99,8 @@ def test_no_pictures_and_weights_that_are_not_finite(folder):
         ({"vision": {"num_channels": 1}}, "1 channels"),
         ({"vision": {"num_attention_heads": 5}}, "hidden 48 does not divide by 5 heads"),
         ({"vision": {"patch_size": [8, 8]}}, r"patch_size is \[8, 8\], a whole number"),
+        ({"vision": {"num_hidden_layers": 10**12}}, "1000000000000 layers, at most 1000"),
+        ({"projection_dim": 24.0}, "projection 24.0 of a clip tower"),
         ({"vision": {"patch_size": 41}}, "patches of 41 pixels do not fit pictures of 40"),
         (
             {"vision": {"patch_size": 10}},

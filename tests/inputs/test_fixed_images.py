@@ -88,6 +88,7 @@ def test_ways_in_which_settings_are_written(tmp_path):
         ({"size": {"shortest_edge": 5, "longest_edge": 9}}, "only height and width, or shortest"),
         ({"do_center_crop": False}, "neither a crop nor a size of both sides"),
         ({"crop_size": {"shortest_edge": 5}}, "crop_size .* needs height and width"),
+        ({"size": {"shortest_edge": 100_000}}, "a shorter side of 100000 for a crop of"),
         ({"crop_size": {"height": 0, "width": 5}}, "side below 1"),
         ({"resample": 9}, "resample 9 is none of Pillow's"),
         ({"image_std": [1, 0, 1]}, "need 3 numbers, no 0"),

@@ -235,3 +235,15 @@ def test_config_from_both_generations_of_files(tmp_path):
         ImageConfig.from_hf(tmp_path)
     with pytest.raises(ValueError, match="preprocessor_config.json"):
         ImageConfig.from_hf(tmp_path / "nothing")
+
+
+def test_a_tile_larger_than_its_picture_is_what_is_decoded():
+    """An index folder's thumbnails come here as they are: 16 x 16 pixels may take 2 GB."""
+    side, tile = 16, 9600
+    tags = {256: side, 257: side, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile}
+    data = zlib.compress(bytes(64))
+    tags |= {324: 8 + 2 + 12 * 10 + 4, 325: len(data)}
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    picture = b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + bytes(4) + data
+    with pytest.raises(ValueError, match="too large: 16 x 16 pixels, a tile has 92160000"):
+        images.decode(picture)

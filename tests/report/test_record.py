@@ -3,9 +3,10 @@ import io
 import json
 
 import numpy as np
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from mmsr_jax.report.record import MAX_SIDE, trajectory_record
+from mmsr_jax.cli.blocks import lines
+from mmsr_jax.report.record import MAX_SIDE, result_record, trajectory_record
 from mmsr_jax.types import (
     Author,
     Ending,
@@ -69,3 +70,13 @@ def test_a_broken_picture_costs_only_the_picture():
     broken = picture((600, 600))[:80]
     assert trajectory_record(trajectory(broken), {})["image"] == ""
     assert trajectory_record(trajectory(b"no picture"), {})["image"] == ""
+
+
+def test_no_picture_starts_a_program(monkeypatch):
+    """Pillow hands PostScript to Ghostscript, and an index folder's thumbnails are as they came."""
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: started.append(1))
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    item = ResultItem("Nepal", thumbnail=script)
+    shown = result_record(ToolResult("image_search", (item,), 0.1))
+    assert shown["items"][0]["thumbnail"] == "" and not lines(script) and not started

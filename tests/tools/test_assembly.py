@@ -10,7 +10,8 @@ import pytest
 from fault_server import FaultServer, path, response
 from PIL import Image
 
-from mmsr_jax.tools.assembly import LIMITS, WebConfig, assemble
+from mmsr_jax.tools import toolbox as toolbox_lib
+from mmsr_jax.tools.assembly import LIMITS, Search, WebConfig, assemble
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.browser import BrowserReader
 from mmsr_jax.tools.budget import BudgetConfig
@@ -23,7 +24,8 @@ from mmsr_jax.tools.providers.searxng import SearxngConfig
 from mmsr_jax.tools.providers.serpapi import SerpApiConfig
 from mmsr_jax.tools.providers.serper import SerperConfig
 from mmsr_jax.tools.reader import LocalReader, ReaderConfig
-from mmsr_jax.tools.store import StoreConfig
+from mmsr_jax.tools.recorded import Recorder
+from mmsr_jax.tools.store import Store, StoreConfig
 from mmsr_jax.tools.summarize import SummarizeConfig
 from mmsr_jax.tools.toolbox import Toolbox
 from mmsr_jax.tools.upload import UploadConfig
@@ -248,3 +250,22 @@ def test_only_what_is_wanted_needs_a_key(monkeypatch):
     assert list(search.tools) == ["text_search"]
     search = made("web", WebConfig(image="retriever"), only="image_search")
     assert list(search.tools) == ["image_search"]
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_one_part_that_does_not_close_keeps_no_other_open(hangs, tmp_path, monkeypatch):
+    monkeypatch.setattr(toolbox_lib, "CLOSING", 0.2)
+
+    class Broken:
+        async def close(self):
+            if hangs:
+                await asyncio.Event().wait()  # a browser may take longer than there is time
+            raise OSError("it is gone already")
+
+    recorder = Recorder(Store(tmp_path / "s.db"))
+    search = Search({}, recorder, reader=Broken())
+    with Toolbox({}, closing=search.close):
+        pass
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        recorder._disk.submit(print)
+    assert not (tmp_path / "s.db-wal").exists()  # the last one to leave takes it along

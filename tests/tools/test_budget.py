@@ -9,10 +9,14 @@ import pytest
 from fault_server import FaultServer, always, reset, response
 
 from mmsr_jax.tools import budget as budgets
+from mmsr_jax.tools.assembly import WebConfig
 from mmsr_jax.tools.base import ToolError
-from mmsr_jax.tools.budget import Budget
+from mmsr_jax.tools.budget import Budget, SearchStopped
 from mmsr_jax.tools.http import Http, HttpConfig, HttpRequest
 from mmsr_jax.tools.limits import Limits
+from mmsr_jax.tools.providers.jina import JinaSearchConfig
+from mmsr_jax.tools.providers.retriever import RetrieverConfig
+from mmsr_jax.tools.providers.searxng import SearxngConfig
 from mmsr_jax.tools.providers.serpapi import SerpApiConfig, SerpApiLens, SerpApiText
 from mmsr_jax.tools.providers.serper import SerperConfig, SerperText
 
@@ -246,8 +250,6 @@ def test_a_full_disk_takes_no_answer_away(tmp_path, monkeypatch, caplog):
         held.cost = 0.1
         monkeypatch.setattr(budget, "_write", full)
     assert budget.spent == 0.4 and "correction of -0.3 US dollars is lost: No space" in caplog.text
-    with pytest.raises(OSError, match="No space"), budget.hold("p", 0.4):
-        raise AssertionError("what cannot be written down is not asked for")
 
 
 def test_a_redirect_is_one_try():
@@ -265,3 +267,47 @@ def test_a_redirect_is_one_try():
 
     asyncio.run(run())
     assert budget.spent == 0.25
+
+
+def test_a_ledger_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    budget = Budget(1.0, tmp_path / "payments.jsonl")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(budget, "_write", full)
+    with pytest.raises(ToolError, match="budget: .*No space"), budget.hold("p", 0.4):
+        raise AssertionError("what cannot be written down is not asked for")
+    with pytest.raises(SearchStopped, match="cannot be written to .*payments.jsonl: No space"):
+        budget.check()
+
+
+def test_a_ledger_that_is_begun_anew_under_a_run_hides_no_payment(tmp_path):
+    ledger = tmp_path / "payments.jsonl"
+    budget = Budget(1.0, ledger)
+    with budget.hold("a provider with a long name", 0.3):
+        budgets.current().sent()
+    ledger.unlink()
+    for _ in range(2):
+        with budget.hold("p", 0.3):
+            budgets.current().sent()
+    assert budget.spent == pytest.approx(0.9)
+    with pytest.raises(ToolError, match="budget"), budget.hold("p", 0.3):
+        raise AssertionError("there is no money for it")
+
+
+@pytest.mark.parametrize("price", [-0.001, float("nan"), float("inf")])
+def test_prices_with_which_no_budget_could_be_kept(price):
+    configs = (
+        SerperConfig, SerpApiConfig, JinaSearchConfig, SearxngConfig, RetrieverConfig,
+    )  # fmt: skip
+    for make in configs:
+        with pytest.raises(ValueError, match=r"web\.\w+\.price must be a number of US dollars"):
+            make(price=price)
+    for name in ("page_price", "summary_price"):
+        with pytest.raises(ValueError, match=f"web.{name} must be a number"):
+            WebConfig(**{name: price})
+    with pytest.raises(ValueError, match="budget.money must be"):
+        budgets.BudgetConfig(price)
+    with pytest.raises(ValueError, match="lens_credits must be at least 1, not 0"):
+        SerperConfig(lens_credits=0)

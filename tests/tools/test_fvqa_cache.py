@@ -149,6 +149,9 @@ def evil_pickles(flag: str) -> dict[str, bytes]:
         "persistent": b"\x80\x04\x8c\x01aQ.",
         "bytearray": pickle.dumps(WithState()),
         "unsafe text": b"cos\nsystem\n(S'touch " + flag.encode() + b"'\ntR.",
+        "memo": b"\x80\x04}r\x00\x00\x00\x01.",  # 268 MB; with the largest number 34 GB
+        "memo in words": b"(dp99999\n.",
+        "longer than the file": b"\x80\x04\x96\x00\x00\x00\x00\x08\x00\x00\x00x.",
         "cut": pickle.dumps({"a": 1})[:-3],
         "empty": b"",
         "no dict": pickle.dumps([1, 2]),
@@ -195,3 +198,19 @@ def test_a_parquet_of_another_kind_is_named(tmp_path):
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="has no column data_id"):
         list(fvqa_cache.question_digests([tmp_path / "other.parquet"]))
+
+
+def test_a_picture_that_is_named_very_often_is_made_once(release, tmp_path):
+    """By its memo a pickle of a few bytes could fill the memory with copies."""
+    image = opened("RGB", "PNG")
+    cache = {"fvqa_train_0": {TITLES: ["t"] * 5000, PICTURES: [image] * 5000}}
+    (tmp_path / "c.pkl").write_bytes(pickle.dumps(cache))
+    loaded = fvqa_cache.load(tmp_path / "c.pkl")
+    first, last = (loaded["fvqa_train_0"][PICTURES][at] for at in (0, -1))
+    assert first.picture() is last.picture()
+    folder, _ = release
+    store = Store(tmp_path / "s.db")
+    digests = fvqa_cache.question_digests([folder / "train.parquet"])
+    counts = asyncio.run(fvqa_cache.convert(loaded, digests, store, None))
+    assert counts.results == fvqa_cache.MAX_RESULTS
+    store.close()

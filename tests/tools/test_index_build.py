@@ -301,3 +301,18 @@ def test_a_moved_index_still_opens(source, tmp_path):
     with open_index(tmp_path / "an other ?place#") as index:
         assert index.text.search("Kathmandu", 1) and len(index.pictures) == 2
     assert json.loads((tmp_path / "an other ?place#/manifest.json").read_text())["format"] == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "table"), [("text.sqlite", "common"), ("pictures.sqlite", "entries")]
+)
+def test_a_view_in_the_place_of_a_table_is_not_read(source, tmp_path, file, table):
+    """A stranger's view may never come to its end, and sqlite does not hear Ctrl-C."""
+    make(source, tmp_path / "out")
+    db = sqlite3.connect(tmp_path / "out" / file)
+    db.execute(f"ALTER TABLE {table} RENAME TO kept")
+    db.execute(f"CREATE VIEW {table} AS SELECT * FROM kept")
+    db.commit()
+    db.close()
+    with pytest.raises(ValueError, match=f"{file} is no .* index: it holds views or triggers"):
+        open_index(tmp_path / "out")

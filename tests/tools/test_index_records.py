@@ -1,6 +1,7 @@
 """What a source gives, and what hostile files in it do: they are left out and counted."""
 
 import base64
+import html.parser
 import io
 import json
 
@@ -180,3 +181,27 @@ def test_passages_end_with_sentences_and_never_grow_too_long():
 )
 def test_html(page, title, text):
     assert title_and_text(page) == (title, text)
+
+
+@pytest.mark.parametrize("open_tag", ["<a ", "<a b=", "<a b='", "<!--", "</", "<?"])
+def test_a_page_of_open_tags_is_looked_at_once(open_tag, monkeypatch):
+    """80 KB of "<a " took 36 seconds, and a megabyte would have taken hours."""
+    seen = []
+    for name in ("parse_starttag", "parse_endtag", "parse_html_declaration", "parse_pi"):
+        plain = getattr(html.parser.HTMLParser, name)
+
+        def counted(self, at, plain=plain):
+            seen.append(len(self.rawdata) - at)
+            return plain(self, at)
+
+        monkeypatch.setattr(html.parser.HTMLParser, name, counted)
+    page = "<p>before" + open_tag * 3000
+    assert title_and_text(page) == ("", "before")
+    assert sum(seen) < 5 * len(page)
+
+
+def test_what_stands_before_a_last_ampersand_is_read():
+    text = "word " * 1000 + "R&D"
+    assert title_and_text(text) == ("", text)
+    deep = "<svg>" * 300 + "</svg>" * 300 + "after"
+    assert title_and_text(deep)[1] == "after"

@@ -2,6 +2,8 @@
 
 import asyncio
 import io
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -140,3 +142,48 @@ def test_the_tools_over_an_index_folder(tmp_path, kind):
         assert item.title == "FR" and item.thumbnail[:2] == b"\xff\xd8"
         with pytest.raises(ToolError, match="^failed: the picture cannot be decoded"):
             run("image_search", image=b"no picture")
+
+
+CLOSED_UNDER_A_SEARCH = """
+import pathlib, sqlite3, sys, threading
+from mmsr_jax.tools.index.text_fts import FtsIndex, FtsWriter
+from mmsr_jax.tools.local import Passage
+
+connect, made = sqlite3.connect, []
+sqlite3.connect = lambda *a, **k: made.append(connect(*a, **k)) or made[-1]
+folder = pathlib.Path(sys.argv[1])
+writer = FtsWriter(folder)
+writer.add(Passage("t", str(n), f"capital {n}") for n in range(2000))
+writer.finish()
+index = FtsIndex(folder)
+searching, go_on = threading.Event(), threading.Event()
+
+def search():
+    def stop():
+        searching.set()
+        go_on.wait(20)
+    index.search("nothing", 1)
+    made[-1].set_progress_handler(stop, 100)
+    try:
+        index.search("capital", 3)
+    except Exception:
+        pass
+
+threads = [threading.Thread(target=search)]
+threads[0].start()
+assert searching.wait(20)
+threads.append(threading.Thread(target=index.close))
+threads[1].start()
+threads[1].join(0.2)  # where closing does not wait, it is done now
+go_on.set()
+for thread in threads:
+    thread.join()
+print("alive")
+"""
+
+
+def test_closing_waits_for_a_search_under_way(tmp_path):
+    """Else the process ends by SIGSEGV: a search that came too late is still in its thread."""
+    words = [sys.executable, "-c", CLOSED_UNDER_A_SEARCH, str(tmp_path)]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "alive\n"), ended.stderr

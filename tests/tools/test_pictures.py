@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from mmsr_jax.tools import local
 from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.pictures import PictureLimits, reencode, web_formats
 
@@ -147,3 +148,32 @@ def test_limits_that_are_none():
         PictureLimits(max_side=0)
     with pytest.raises(ValueError, match="quality must be from 1 to 95, not 96"):
         PictureLimits(quality=96)
+
+
+def tiled(side: int, tile: int) -> bytes:
+    """A TIFF of `side` x `side` pixels, grey, in one black tile of `tile` x `tile`."""
+    data = zlib.compress(bytes(tile * tile), 9)
+    tags = {256: side, 257: side, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile}
+    tags |= {324: 8 + 2 + 12 * 10 + 4, 325: len(data)}
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + bytes(4) + data
+
+
+def test_a_tile_larger_than_its_picture_counts():
+    """16 x 16 pixels in a tile of 2 GB: what is decoded is the tile."""
+    limits = PictureLimits(max_pixels=250_000)
+    assert opened(reencode(tiled(16, 496), limits)).size == (16, 16)
+    with pytest.raises(
+        ToolError, match="too_large: a picture of 16 x 16 pixels, a tile has 262144"
+    ):
+        reencode(tiled(16, 512), limits)
+    with pytest.raises(ToolError, match="16 x 16 pixels, at most 250000, a tile has 262144"):
+        local.load(tiled(16, 512), 250_000)
+
+
+def test_a_picture_that_is_decoded_before_it_says_its_size_is_none():
+    data = encoded(stripes(32, 32), "PNG")
+    icon = b"\0\0\1\0\1\0" + struct.pack("<4B2H2I", 16, 16, 0, 0, 1, 32, len(data), 22) + data
+    for take in (reencode, local.load):
+        with pytest.raises(ToolError, match="cannot be decoded"):
+            take(icon)

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import os
 import sys
 import zlib
@@ -222,6 +223,8 @@ while True:
         out.write(b"what a strange answer to a job")
     if body == b"huge":
         out.write(struct.pack(">Q", 1 << 60))
+    if body == b"job":
+        body = json.dumps(job).encode()
     if body == b"env":
         body = json.dumps(dict(os.environ)).encode()
     reply = json.dumps({"title": str(os.getpid()), "text": body.decode()}).encode()
@@ -394,3 +397,37 @@ def test_readers_are_made_by_their_names(monkeypatch):
     with pytest.raises(ValueError, match=r"pip install 'mmsr-jax\[browser\]'"):
         make_reader(None, ReaderConfig(kind="browser"))
     assert browser_lib.BrowserReader.provider == "browser"
+
+
+def test_a_page_does_not_get_the_whole_of_a_long_deadline(odd_parser):
+    async def run():
+        parsers = Parsers(size=1)
+        try:
+            for deadline, seconds in ((100.0, workers.CPU_SECONDS), (2.5, 2.5)):
+                _, job = await parsers.parse("html", b"job", deadline=deadline)
+                assert json.loads(job)["seconds"] == seconds
+        finally:
+            await parsers.close()
+
+    asyncio.run(run())
+
+
+def test_a_page_that_has_used_its_seconds_ends_its_parser(tmp_path, monkeypatch):
+    """The real limit, in a parser that does nothing but compute."""
+    monkeypatch.setattr(workers, "CPU_SECONDS", -2.0)  # two more are given, so none
+    program = tmp_path / "busy.py"
+    real = workers.PROGRAM.read_text()
+    program.write_text(
+        real.replace("def answer(", "def answer(job, body):\n    while True: 1\n\n\ndef _(", 1)
+    )
+    monkeypatch.setattr(workers, "PROGRAM", program)
+
+    async def run():
+        parsers = Parsers(size=1)
+        try:
+            with pytest.raises(ToolError, match="bad_response: the page ends its parser"):
+                await parsers.parse("html", b"x", deadline=60)
+        finally:
+            await parsers.close()
+
+    asyncio.run(run())

@@ -1,9 +1,11 @@
 """A store of a stranger's: all of it is checked before any of it is taken."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import time
+import tracemalloc
 
 import numpy as np
 import pyarrow
@@ -126,3 +128,21 @@ def test_other_types_and_empty_cells_are_named(store, tmp_path):
     with pytest.raises(ValueError, match="a record without response"):
         store_parquet.read(store, tmp_path / "empty")
     assert store.summary()["records"] == 0
+
+
+def test_a_record_that_is_repeated_is_not_held_as_often(store, tmp_path):
+    """A few kilobytes of parquet may hold 4 MB in each of very many records."""
+    asked = json.dumps({"kind": "links", "provider": "x"})
+    said = json.dumps({"hits": [{"text": "x" * (1 << 20)}]})
+    key = hashlib.sha256(asked.encode()).hexdigest()
+    row = {"key": key, "kind": "links", "provider": "x", "request": asked, "response": said}
+    row |= {"seconds": 0.0, "cost": 0.0, "paid": 0.0, "created": 0.0, "complete": True}
+    table = pyarrow.Table.from_pylist([row | {"pictures": []}] * 64, store_parquet.SCHEMA)
+    pyarrow.parquet.write_table(table, tmp_path / "bomb.parquet", compression="zstd")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 100_000
+    tracemalloc.start()
+    try:
+        assert store_parquet.read(store, tmp_path / "bomb.parquet") == (1, 63)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()

@@ -258,7 +258,9 @@ def test_many_threads_may_submit():
         assert sorted(titles) == sorted(str(i) for i in range(4) for _ in range(20))
 
 
-@pytest.mark.parametrize("options", [{"deadline": 0}, {"max_concurrent": 0}])
+@pytest.mark.parametrize(
+    "options", [{"deadline": 0}, {"deadline": float("nan")}, {"max_concurrent": 0}]
+)
 def test_wrong_limits_are_refused(options):
-    with pytest.raises(ValueError, match="not 0"):
+    with pytest.raises(ValueError, match="not (0|nan)"):
         Toolbox({}, **options)

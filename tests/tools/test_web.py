@@ -106,7 +106,7 @@ def test_pages_are_read_side_by_side_under_one_deadline():
     found = run(tool)
     assert time.monotonic() - began < 3
     assert [h.link[-1] for h in found.hits] == ["0", "2"] and not found.complete
-    with pytest.raises(ToolError, match="unread: none of 3 pages"):
+    with pytest.raises(ToolError, match="timeout: none of 3 pages in time"):
         run(search(Provider(links(3)), Reader(slow=(0, 1, 2)), Summarizer(), deadline=0.3))
 
 
@@ -349,5 +349,37 @@ def test_a_paid_lens_search_is_kept_when_its_thumbnails_fail(tmp_path):
         found = await tool.find(PICTURE)
         assert len(found.hits) == 3 and found.paid == 0 and lens.calls == 1
         recorder.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_who_joined_a_search_that_ran_out_of_time_asks_once_more(kind):
+    recorder, slow = Recorder(), [True]
+
+    async def main():
+        class Slow(Reader):
+            async def read(self, url, deadline):
+                if slow[0]:
+                    await asyncio.sleep(deadline)
+                    raise ToolError("timeout")
+                return await super().read(url, deadline)
+
+        async def fetch(url, seconds):
+            await asyncio.sleep(60 if slow[0] else 0)
+            return b"thumbnail"
+
+        texts = search(Provider(links(3)), Slow(), Summarizer(), recorder, deadline=0.5)
+        pictures = images(Lens(matches(3)), fetch, recorder, deadline=0.5)
+        tool = Recorded(texts if kind == "text" else pictures, recorder)
+        call = CALL if kind == "text" else PICTURE
+        first = asyncio.ensure_future(tool.find(call))
+        await asyncio.sleep(0.1)
+        second = asyncio.ensure_future(tool.find(call))
+        await asyncio.sleep(0.1)
+        slow[0] = False
+        with pytest.raises(ToolError, match="timeout: none of 3"):
+            await first
+        assert (await second).hits and (await second).complete
 
     asyncio.run(main())

@@ -15,6 +15,7 @@ from mmsr_jax.tools.base import ToolError
 from mmsr_jax.tools.index import vectors_exact, vectors_usearch
 from mmsr_jax.tools.index.embed import Embedder
 from mmsr_jax.tools.index.manifest import PicturePart
+from mmsr_jax.tools.index.sqlite_file import open_to_read
 from mmsr_jax.tools.local import MAX_PIXELS, QUERY_PIXELS, PictureEntry, load
 
 FILE = "pictures.sqlite"
@@ -157,9 +158,7 @@ class PictureIndex:
         self._lock = threading.Lock()
         path = (folder / FILE).resolve()
         try:
-            self._db = sqlite3.connect(
-                f"{path.as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
-            )
+            self._db = open_to_read(path)
             (there,) = self._db.execute("SELECT count(*) FROM entries").fetchone()
         except sqlite3.Error as error:
             raise ValueError(f"{path} is no picture index: {error}") from error

@@ -234,12 +234,11 @@ def passages(record: Record, words: int) -> Iterator[Passage]:
     piece: list[str] = []
     for sentence in re.split(r"(?<=[.!?。！？])\s+|\n\s*\n", record.text):
         said = sentence.split()
-        while said:
-            if piece and len(piece) + len(said) > words:
+        for begin in range(0, len(said), words):
+            if piece and len(piece) + len(said) - begin > words:
                 yield Passage(record.title, record.link, " ".join(piece))
                 piece = []
-            piece += said[:words]
-            said = said[words:]
+            piece += said[begin : begin + words]
     if piece:
         yield Passage(record.title, record.link, " ".join(piece))
 

@@ -12,8 +12,9 @@ import itertools
 import pathlib
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from mmsr_jax.tools.index.sqlite_file import open_to_read
 from mmsr_jax.tools.index.text import Scored, best_by_link, words
 from mmsr_jax.tools.local import TITLE_WEIGHT, Passage
 
@@ -72,10 +73,10 @@ class FtsIndex:
         self._max_candidates = max_candidates
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._opened: list[sqlite3.Connection] = []
+        self._opened: list[tuple[sqlite3.Connection, threading.Lock]] = []
         try:
-            self._db().execute("SELECT count(*) FROM common").fetchone()
-            (self._count,) = self._db().execute("SELECT count(*) FROM passages_docsize").fetchone()
+            self._rows("SELECT count(*) FROM common")
+            ((self._count,),) = self._rows("SELECT count(*) FROM passages_docsize")
         except sqlite3.Error as error:
             raise ValueError(f"{self._path} is no text index: {error}") from error
 
@@ -94,14 +95,17 @@ class FtsIndex:
         return [passage for passage, _ in self.scored(query, topk)]
 
     def close(self) -> None:
+        """Ends searches that are still under way (their callers have gone) and closes the file."""
         with self._lock:
-            for db in self._opened:
-                db.close()
+            for db, busy in self._opened:
+                db.interrupt()
+                with busy:  # closed under a search, Python's sqlite3 takes the process along
+                    db.close()
             self._opened.clear()
 
     def _best(self, match: str, limit: int) -> Scored:
         # The inner query sorts numbers only; texts are read for the few that are left.
-        rows = self._db().execute(
+        rows = self._rows(
             "SELECT p.title, p.link, p.text, best.score FROM (SELECT rowid AS row, "
             f"bm25(passages, {TITLE_WEIGHT}, 0.0, 1.0) AS score FROM passages "
             "WHERE passages MATCH ? ORDER BY score, row LIMIT ?) AS best "
@@ -114,8 +118,7 @@ class FtsIndex:
         if self._max_candidates is None or not terms:
             return terms
         marks = ", ".join("?" * len(terms))
-        known = self._db().execute(f"SELECT term, doc FROM common WHERE term IN ({marks})", terms)
-        counts = dict(known.fetchall())
+        counts = dict(self._rows(f"SELECT term, doc FROM common WHERE term IN ({marks})", terms))
         chosen, candidates = [], 0
         for term in sorted(terms, key=lambda term: counts.get(term, 0)):
             candidates += counts.get(term, COMMON)
@@ -124,16 +127,20 @@ class FtsIndex:
             chosen.append(term)
         return chosen
 
-    def _db(self) -> sqlite3.Connection:
-        db = getattr(self._local, "db", None)
-        if db is None:
-            db = sqlite3.connect(
-                f"{self._path.as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
-            )
+    def _rows(self, sql: str, values: Sequence = ()) -> list[tuple]:
+        db, busy = self._connection()
+        with busy:
+            return db.execute(sql, values).fetchall()
+
+    def _connection(self) -> tuple[sqlite3.Connection, threading.Lock]:
+        """This thread's own, and a lock that it holds while it searches."""
+        mine = getattr(self._local, "connection", None)
+        if mine is None:
+            db = open_to_read(self._path)
             # Not mapped into memory: it is no faster here, and a system that adds up what its
             # threads have mapped would see a multiple of the file.
             db.execute("PRAGMA cache_size=-16384")
-            self._local.db = db
+            mine = self._local.connection = (db, threading.Lock())
             with self._lock:
-                self._opened.append(db)
-        return db
+                self._opened.append(mine)
+        return mine

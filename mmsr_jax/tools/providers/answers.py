@@ -1,5 +1,6 @@
 """Reading what a service answered, whatever it really is."""
 
+import math
 import os
 import re
 from typing import Any
@@ -48,6 +49,17 @@ def key(name: str, service: str) -> str:
 def optional_key(name: str, service: str) -> str:
     """The same for a service that answers without a key too; "" when it is not set."""
     return os.environ.get(variable(name, service), "").strip()
+
+
+def price(dollars: float, setting: str) -> float:
+    """A price in US dollars.
+
+    Raises:
+      ValueError: below 0, infinite or no number: no budget could be kept with it.
+    """
+    if not 0 <= dollars < math.inf:
+        raise ValueError(f"{setting} must be a number of US dollars from 0 on, not {dollars}")
+    return dollars
 
 
 def base_url(url: str, service: str) -> str:

@@ -31,6 +31,7 @@ class JinaSearchConfig:
 
     def __post_init__(self):
         answers.base_url(self.url, "Jina Search")
+        answers.price(self.price, "web.jina.price")
         answers.variable(self.key_variable, "Jina Search")
 
 

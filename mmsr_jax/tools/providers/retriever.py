@@ -33,6 +33,7 @@ class RetrieverConfig:
 
     def __post_init__(self):
         answers.base_url(self.url, "the retriever")
+        answers.price(self.price, "web.retriever.price")
 
 
 class _Retriever:

@@ -29,6 +29,7 @@ class SearxngConfig:
 
     def __post_init__(self):
         answers.base_url(self.url, "SearXNG")
+        answers.price(self.price, "web.searxng.price")
 
 
 class SearxngText:

@@ -33,6 +33,7 @@ class SerpApiConfig:
 
     def __post_init__(self):
         answers.base_url(self.url, "SerpApi")
+        answers.price(self.price, "web.serpapi.price")
         answers.variable(self.key_variable, "SerpApi")
 
 

@@ -33,7 +33,13 @@ class SerperConfig:
 
     def __post_init__(self):
         answers.base_url(self.url, "Serper")
+        answers.price(self.price, "web.serper.price")
         answers.variable(self.key_variable, "Serper")
+        if self.lens_credits < 1:
+            raise ValueError(
+                f"web.serper.lens_credits must be at least 1, not {self.lens_credits}: a call "
+                "without a price is not counted, whatever its answer says"
+            )
 
 
 class _Serper:

@@ -67,7 +67,7 @@ class ServerConfig:
     limits: Limits = Limits()
 
     def __post_init__(self):
-        if self.threads < 0 or self.waiting < 1 or self.deadline <= 0:
+        if self.threads < 0 or self.waiting < 1 or not self.deadline > 0:
             raise ValueError(
                 f"threads {self.threads} (0 or more), waiting {self.waiting} (1 or more), "
                 f"deadline {self.deadline} (above 0)"
