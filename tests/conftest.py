@@ -6,9 +6,13 @@ Everything that needs a model shares these sizes, so that a program compiles onc
 import dataclasses
 import functools
 import io
+import os
 
 import numpy as np
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes on one GPU: none takes all of it
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 REASONS = ("Known.", "Look.", "Name.", "Found.")
 WORDS = ("Lisbon", "Porto", "Portugal", "capital of Portugal", "Paris", "France", "What capital?")
