@@ -6,7 +6,7 @@ import sys
 
 from PIL import Image
 
-from mmsr_jax.tools.pictures import web_formats
+from mmsr_jax.tools.decoders import web_formats
 
 COLUMNS = 24
 ROWS = 9  # lines, each of two pixels

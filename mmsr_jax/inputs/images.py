@@ -1,7 +1,6 @@
 """Pictures to patches, bit for bit as the Qwen2-VL image processor (PIL backend) does it."""
 
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -10,11 +9,9 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageOps
 
-from mmsr_jax.tools.local import decoded_pixels
+from mmsr_jax.tools.decoders import decoded_pixels, known_formats
 from mmsr_jax.types import Picture
 
-# What people put on web pages. Others stay out: some of Pillow's decoders start programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")
 MAX_DECODED_PIXELS = 89_000_000  # 270 MB as RGB; Pillow itself warns a little above
 MAX_ASPECT = 200  # longer side by shorter side, the limit of Qwen's own resize
 
@@ -116,10 +113,10 @@ def decode(data: bytes) -> Image.Image:
     if not data:
         raise ValueError("the picture is empty (0 bytes)")
     try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
+        image = Image.open(io.BytesIO(data), formats=known_formats())
     except Image.UnidentifiedImageError:
         raise ValueError(
-            f"{len(data)} bytes are not a picture of a known kind ({', '.join(_formats())})"
+            f"{len(data)} bytes are not a picture of a known kind ({', '.join(known_formats())})"
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"the picture is too large: {error}") from None
@@ -203,13 +200,6 @@ def target_size(height: int, width: int, config: ImageConfig) -> tuple[int, int]
         new_height = math.ceil(height * grow / side) * side
         new_width = math.ceil(width * grow / side) * side
     return new_height, new_width
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this build of Pillow can open."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _check_aspect(height: int, width: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmsr_jax.tools.pictures import web_formats
+from mmsr_jax.tools.decoders import web_formats
 from mmsr_jax.types import Author, ToolResult, Trajectory, Turn
 
 MAX_SIDE = 256  # pixels; a page needs no more, and a step can have hundreds of trajectories

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mmsr_jax.tools.base import ToolError
+from mmsr_jax.tools.decoders import decoded_pixels, known_formats
 
 TITLE_WEIGHT = 3.0  # a match in the title counts this much more than one in the passage
 MAX_QUERY_CHARS = 1000
@@ -92,31 +93,12 @@ class PictureEntry(NamedTuple):
     thumbnail: bytes  # encoded picture that is shown in results
 
 
-# What people put on web pages; some of Pillow's other decoders start programs.
-# (MPO comes under JPEG's name: a name that Pillow does not know would end the search.)
-# Not ICO: it is decoded before it says how large it is.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 89_000_000  # decoded, of a picture that is indexed: up to 1 GB while it is read
 QUERY_PIXELS = 16_000_000  # of one that is searched with, by many at a time: up to 200 MB
 
 GRID = (12, 8)  # colour grid, columns x rows
 HASH = (9, 9)  # grey grid whose neighbours are compared
 DEAD_ZONE = 0.25  # differences below this (in standard deviations of grey) count as equal
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this build of Pillow opens: at any other name it would give up."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def decoded_pixels(image: Image.Image) -> int:
-    """Pixels that decoding an open picture fills: a TIFF's tile may be larger than the TIFF."""
-    tags = getattr(image, "tag_v2", {})
-    sides = (tags.get(322), tags.get(323))  # TileWidth, TileLength
-    tile = sides[0] * sides[1] if all(isinstance(side, int) for side in sides) else 0
-    return max(image.width * image.height, tile)
 
 
 def load(picture: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -129,7 +111,7 @@ def load(picture: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
       ToolError: "failed" when it cannot be decoded, or has more pixels than allowed.
     """
     try:
-        image = Image.open(io.BytesIO(picture), formats=_formats())
+        image = Image.open(io.BytesIO(picture), formats=known_formats())
         width, height = image.size
         small = image.format == "JPEG" and "progressive" not in image.info
         if small and max_pixels < width * height <= MAX_PIXELS:  # `draft` works once

@@ -5,13 +5,12 @@ chose go no further than the decoder.
 """
 
 import dataclasses
-import functools
 import io
 
 from PIL import Image, ImageOps
 
 from mmsr_jax.tools.base import ToolError
-from mmsr_jax.tools.local import FORMATS, decoded_pixels
+from mmsr_jax.tools.decoders import decoded_pixels, web_formats
 
 MAX_RATIO = 200  # Qwen2.5-VL takes no picture longer than 200 times its width
 
@@ -74,16 +73,6 @@ def reencode(picture: bytes, limits: PictureLimits = PictureLimits()) -> bytes:
         raise ToolError("too_large", text) from error
     except Exception as error:  # decoders of hostile bytes raise anything
         raise ToolError("bad_picture", f"it cannot be decoded: {type(error).__name__}") from error
-
-
-@functools.cache
-def web_formats() -> tuple[str, ...]:
-    """What this build of Pillow reads of `FORMATS`.
-
-    Not PPM, whose decoder is slow Python.
-    """
-    Image.init()
-    return tuple(n for n in FORMATS if n in Image.OPEN and n != "PPM")
 
 
 def _shown(image: Image.Image) -> Image.Image:

@@ -16,7 +16,8 @@ import pyarrow.parquet
 from PIL import Image
 
 from mmsr_jax.tools.base import ToolError
-from mmsr_jax.tools.pictures import PictureLimits, reencode, web_formats
+from mmsr_jax.tools.decoders import web_formats
+from mmsr_jax.tools.pictures import PictureLimits, reencode
 from mmsr_jax.tools.store import Record, Store
 
 SCHEMA = pyarrow.schema([

@@ -13,11 +13,12 @@ from PIL import Image
 from sample_pages import pdf
 
 from mmsr_jax.tools.base import ToolError
+from mmsr_jax.tools.decoders import web_formats
 from mmsr_jax.tools.guard import Guard, not_public
 from mmsr_jax.tools.http import Http, HttpConfig, HttpRequest, HttpResponse
 from mmsr_jax.tools.limits import Limits
 from mmsr_jax.tools.pages import Page, ReaderConfig
-from mmsr_jax.tools.pictures import PictureLimits, reencode, web_formats
+from mmsr_jax.tools.pictures import PictureLimits, reencode
 from mmsr_jax.tools.reader import JinaReader
 from mmsr_jax.tools.summarize import ChatSummarizer, ExtractSummarizer, SummarizeConfig
 from mmsr_jax.tools.workers import Parsers

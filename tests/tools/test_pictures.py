@@ -11,7 +11,8 @@ from PIL import Image, PngImagePlugin
 
 from mmsr_jax.tools import local
 from mmsr_jax.tools.base import ToolError
-from mmsr_jax.tools.pictures import PictureLimits, reencode, web_formats
+from mmsr_jax.tools.decoders import web_formats
+from mmsr_jax.tools.pictures import PictureLimits, reencode
 
 
 def encoded(image, kind, **options):
