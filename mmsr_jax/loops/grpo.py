@@ -39,8 +39,8 @@ def run(job: Job, log: RunLog, params):
     ):
         state = state_lib.create(params, transform, job.mesh)
         first = 0
-        if (restored := checkpoints.restore(state_lib.abstract(state))) is not None:
-            state, meta = restored
+        if checkpoints.latest is not None:
+            state, meta = checkpoints.restore(state_lib.vacate(state))
             first = meta["step"]
             sampler.restore(meta)
             job.skipped = meta["skipped"]
@@ -67,8 +67,9 @@ def run(job: Job, log: RunLog, params):
                         checkpoints.save(number, state, before)
                     raise
                 # 2. Score.
+                price = e.reward.at_step(number + 1)
                 scored = [
-                    [Scored(t, score(list(t.responses), list(t.example.answers), e.reward))
+                    [Scored(t, score(list(t.responses), list(t.example.answers), price))
                      for t in group]
                     for group in groups
                 ]  # fmt: skip

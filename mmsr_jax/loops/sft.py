@@ -23,8 +23,8 @@ def run(job: Job, log: RunLog):
         # 1. Start: newest checkpoint, or else `weights`, or random ones.
         state = state_lib.create(job.start(), transform, job.mesh)
         first = 0
-        if (restored := checkpoints.restore(state_lib.abstract(state))) is not None:
-            state, meta = restored
+        if checkpoints.latest is not None:
+            state, meta = checkpoints.restore(state_lib.vacate(state))
             first = meta["step"]
         if first == config.steps:
             return state.params

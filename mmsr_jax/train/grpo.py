@@ -48,6 +48,18 @@ class GRPOConfig:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
+    def __post_init__(self):
+        for name in ("prompts", "group_size", "updates"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"grpo.{name} is {value}, at least 1 needed")
+        if self.updates > self.prompts:
+            raise ValueError(
+                f"grpo.updates is {self.updates}, but the groups of grpo.prompts {self.prompts} "
+                "questions cannot be cut into more parts than there are"
+            )
+        if not self.temperature > 0:  # the trainer divides by it, and greedy samples are all alike
+            raise ValueError(f"grpo.temperature is {self.temperature}, it must be above 0")
+
 
 def counts(ending: Ending, config: GRPOConfig) -> bool:
     """Whether the tokens of a trajectory that ended so are in the loss."""
@@ -132,7 +144,10 @@ def loss(
         "policy_loss": (weights * policy).sum(),
         "kl": (weights * kl).sum(),
         "entropy": (weights * entropy).sum(),
-        "clip_fraction": (weights * (jnp.abs(ratio - clipped) > 0)).sum(),
+        # Where the clip decides; a ratio outside, on the side that is not clipped, learns on.
+        "clip_fraction": (
+            weights * (-batch.advantages * clipped > -batch.advantages * ratio)
+        ).sum(),
         "sampler_ratio": (weights * jnp.exp(gap)).sum(),
         "logprob_gap_mean": (weights * jnp.abs(gap)).sum(),
         "logprob_gap_max": (inside * jnp.abs(gap)).max(),

@@ -65,7 +65,10 @@ def logprobs(graph, params, batch: TrainBatch, temperature):
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(1,))
 def apply(transform: optax.GradientTransformation, state: TrainState, grads):
-    """One optimiser step. A gradient that is not finite changes nothing but `skipped`.
+    """One optimiser step. A gradient that is not finite changes neither weights nor moments.
+
+    The clock of the learning rate goes on even so: the rate is that of the step's number, and a
+    schedule ends with its stage.
 
     Returns: the new state and {"grad_norm", "skipped"}.
     """
@@ -75,8 +78,13 @@ def apply(transform: optax.GradientTransformation, state: TrainState, grads):
     updates, opt_state = transform.update(safe, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
+    def is_clock(part):
+        return isinstance(part, optax.ScaleByScheduleState)
+
     def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        return jax.tree.map(
+            lambda n, o: n if is_clock(n) else jnp.where(finite, n, o), new, old, is_leaf=is_clock
+        )
 
     new = TrainState(
         params=keep(params, state.params),

@@ -15,6 +15,11 @@ class CheckpointConfig:
     every: int = 10  # steps between two checkpoints
     keep: int = 2  # newest ones to keep
 
+    def __post_init__(self):
+        for name in ("every", "keep"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"checkpoint.{name} is {value}, at least 1 needed")
+
 
 class Checkpoints:
     """The checkpoints of one stage of a run.

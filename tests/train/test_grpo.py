@@ -98,7 +98,8 @@ def test_clipping_by_hand(monkeypatch):
     assert values["policy_loss"] == pytest.approx((-2.4 + 3.0 - 1.0 + 1.6) / 4, rel=1e-5)
     # Gradient -A r where the unclipped term is the larger, else none.
     np.testing.assert_allclose(slope, np.asarray([0, 3.0, -1.0, 0]) / 4, rtol=1e-5)
-    assert values["clip_fraction"] == pytest.approx(1.0)  # every ratio is outside
+    # Every ratio is outside, but the clip only holds back two: as TRL and verl count.
+    assert values["clip_fraction"] == pytest.approx(0.5)
     assert values["kl"] == 0
 
 
@@ -218,10 +219,28 @@ def test_loss_of_the_program_equals_plain_numpy(scored):
     d = (flat[2] - flat[0])[mask]
     assert np.abs(d).max() < 2
     assert float(values["kl"]) == pytest.approx((np.exp(d) - d - 1).mean(), rel=1e-4)
-    ratio = np.exp(flat[0] - flat[1])[mask]
-    outside = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
-    assert 0.1 < outside.mean() < 0.9
-    assert float(values["clip_fraction"]) == pytest.approx(outside.mean(), rel=1e-5)
+    ratio, signs = np.exp(flat[0] - flat[1])[mask], advantages[mask]
+    # As TRL writes it: is_low_clipped | is_high_clipped.
+    held = ((ratio < 1 - config.clip_low) & (signs < 0)) | (
+        (ratio > 1 + config.clip_high) & (signs > 0)
+    )
+    assert 0.1 < held.mean() < 0.9
+    assert float(values["clip_fraction"]) == pytest.approx(held.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"temperature": 0.0}, "grpo.temperature is 0.0"),
+        ({"temperature": float("nan")}, "grpo.temperature is nan"),
+        ({"prompts": 2, "updates": 4}, "grpo.updates is 4.* grpo.prompts 2"),
+        ({"updates": 0}, "grpo.updates is 0"),
+        ({"group_size": 0}, "grpo.group_size is 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_at_once(values, why):
+    with pytest.raises(ValueError, match=why):
+        grpo.GRPOConfig(**values)
 
 
 def test_entropy_is_the_policys_own(params, alone, scored):

@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import resource
+import signal
 import subprocess
 import sys
 
@@ -110,6 +112,47 @@ def test_an_older_step_is_refused_and_only_the_newest_are_kept(tiny, tmp_path):
         assert meta == {"step": 6} and restored["x"].tolist() == [0, 6, 12]
         assert checkpoints.restore(target, 4)[1] == {"step": 4}
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["4", "6"]
+
+
+def test_a_full_disk_is_an_error_and_the_last_whole_checkpoint_stays(tmp_path):
+    """Full: files beyond a size fail to be written, as the system's limit on them has it."""
+    state = {"x": jax.random.normal(jax.random.key(0), (1000, 500))}
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(ValueError, match="File too large"):  # noqa: SIM117
+            with Checkpoints(tmp_path, CONFIG) as checkpoints:
+                checkpoints.save(1, state, {"step": 1})
+                checkpoints.restore(target)  # waits for what is being written
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+                checkpoints.save(2, state, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        restored, meta = checkpoints.restore(target)
+        assert meta == {"step": 1}
+        assert_equal(restored, state)
+        checkpoints.save(2, state, {"step": 2})
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.latest == 2
+
+
+def test_a_state_makes_room_for_what_is_restored(tiny, tmp_path):
+    state = fresh(tiny)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(3, state, {})
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        shapes = state_lib.vacate(state)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        assert_equal(checkpoints.restore(shapes)[0], fresh(tiny))
+
+
+@pytest.mark.parametrize("name", ["every", "keep"])
+def test_numbers_that_save_nothing_are_refused(name):
+    with pytest.raises(ValueError, match=f"checkpoint.{name} is 0"):
+        CheckpointConfig(**{name: 0})
 
 
 def test_a_checkpoint_that_was_never_finished_does_not_count(tmp_path):
