@@ -301,6 +301,9 @@ class Job:
             images=e.images,
             max_tokens=min(e.engine.slots, e.pack.length),
             turn_tokens=e.engine.turn_tokens,
+            max_pictures=e.pack.pictures,
+            max_patches=e.pack.patches,
+            picture_patches=e.pack.picture_patches,
         )
 
     def _data(self, split: str, categories: tuple[str, ...], **more) -> pipeline.DataConfig:

@@ -9,6 +9,7 @@ Every function returns a new Episode. No device, no clock, no network in here.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,6 +40,23 @@ class Setting:
     images: ImageConfig
     max_tokens: int  # of the whole conversation (the engine's cache slots)
     turn_tokens: int  # of one turn of the model
+    # What training has room for in one conversation; None: no limit. Sampled beyond it, a
+    # conversation could not be learned from, and the run would end with it.
+    max_pictures: int | None = None  # distinct ones
+    max_patches: int | None = None  # of all of them
+    picture_patches: int | None = None  # of the largest one
+
+    def fits(self, pictures: Sequence[Picture]) -> bool:
+        """Whether these may be the pictures of one conversation."""
+        sizes = [len(p.patches) for p in {p.digest: p for p in pictures}.values()]
+        return all(
+            limit is None or value <= limit
+            for value, limit in (
+                (len(sizes), self.max_pictures),
+                (sum(sizes), self.max_patches),
+                (max(sizes, default=0), self.picture_patches),
+            )
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +81,16 @@ def start(example: Example, sample: int, setting: Setting, forced: str = "") -> 
         policies in evaluation). Its tokens count as prompt.
 
     Raises:
-      ValueError: the picture cannot be decoded, or the prompt leaves no room for an answer.
+      ValueError: the picture cannot be decoded or is larger than training has room for, or the
+        prompt leaves no room for an answer.
     """
     picture = images.picture(example.image, setting.images)
+    if not setting.fits([picture]):
+        raise ValueError(
+            f"example {example.id}: its picture of {len(picture.patches)} patches is larger than "
+            f"training has room for ({setting.picture_patches} patches a picture, "
+            f"{setting.max_patches} a conversation)"
+        )
     messages = setting.protocol.first_message(example.question, picture)
     tokens = chat.prompt(messages, setting.tokenizer, setting.images.merge_size)
     if forced:
@@ -184,7 +209,8 @@ def answered(
             _features(episode.tokens, setting),
             setting.images.merge_size,
         )
-        if len(episode.tokens) + len(piece) < setting.max_tokens - 8:
+        pictures = (*episode.tokens.pictures, *piece.pictures)
+        if len(episode.tokens) + len(piece) < setting.max_tokens - 8 and setting.fits(pictures):
             break
     else:
         return _end_after(episode, result, Ending.TOKEN_LIMIT), None

@@ -7,6 +7,7 @@ import pytest
 
 from mmsr_jax.agent import episode as episode_lib
 from mmsr_jax.inputs import layout
+from mmsr_jax.train.assemble import Piece, assemble
 from mmsr_jax.types import Author, Ending, ResultItem, ToolResult
 
 IMAGE = "<reason>Look.</reason><search><img></search>"
@@ -223,6 +224,35 @@ def test_pictures_of_results_that_were_cut_are_gone(tiny):
     after, cut, _ = shown(tiny, episode, pages(tiny, 2), tight)
     assert cut.ids.tolist() == one.ids.tolist() and len(after.tokens.pictures) == 2
     assert_one_conversation(tiny, after.tokens)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("limit", "name", "measure"),
+    [("max_pictures", "pictures", len), ("max_patches", "patches", sum)],
+)
+def test_results_are_cut_to_the_pictures_that_training_holds(tiny, limit, name, measure, kept):
+    episode = asked(tiny)
+    most = measure([24, 8, 8][: 1 + kept])  # patches of the question's picture and the thumbnails
+    tight = dataclasses.replace(tiny.setting, **{limit: most})
+    after, piece, text = shown(tiny, episode, pages(tiny, 2), tight)
+    assert after.ending is None and len(piece.pictures) == kept
+    assert ("results too long" in text) == (kept == 0)
+    assert_one_conversation(tiny, after.tokens)
+    # What was cut is what the trainer holds, and it holds no more.
+    pack = dataclasses.replace(tiny.pack, **{name: most})
+    assert len(assemble([Piece(after.tokens)], tiny.model, pack, aggregate="token")) == 1
+    if kept < 2:
+        whole, _, _ = shown(tiny, episode, pages(tiny, 2))
+        with pytest.raises(ValueError, match="does not fit"):
+            assemble([Piece(whole.tokens)], tiny.model, pack, aggregate="token")
+
+
+@pytest.mark.parametrize("limit", ["max_patches", "picture_patches"])
+def test_a_picture_larger_than_training_holds_cannot_be_asked_about(tiny, limit):
+    start(tiny, dataclasses.replace(tiny.setting, **{limit: 24}))
+    with pytest.raises(ValueError, match="24 patches is larger than training has room for"):
+        start(tiny, dataclasses.replace(tiny.setting, **{limit: 23}))
 
 
 def test_when_no_item_fits_the_model_is_told_and_when_nothing_fits_the_episode_ends(tiny):
