@@ -14,7 +14,8 @@ class OptimizerConfig:
 
     `sigmoid_decay` is the schedule of MMSearch-R1's code (`get_sigmoid_decay_schedule`):
     lr(t) = lr0 * (rho / (1 + exp((t - W) / (0.1 W))) + 1 - rho), with W = `decay_midpoint` and
-    rho = `decay_ratio`. The original calls it a warm-up; it is a decay.
+    rho = `decay_ratio`. The original calls it a warm-up; it is a decay. Every schedule here counts
+    updates; the original counts steps, which are fewer when `grpo.updates` is above 1.
     """
 
     learning_rate: float = 1e-4  # lr0
