@@ -160,7 +160,9 @@ def save(experiment: Experiment, workdir: pathlib.Path) -> None:
         if old == new:
             return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(experiment.to_json())
+    draft = path.with_suffix(".draft")
+    draft.write_text(experiment.to_json())
+    draft.replace(path)  # in one move: a run without its settings could not go on
 
 
 def check_weights(experiment: Experiment, workdir: pathlib.Path) -> None:

@@ -3,10 +3,13 @@
 Everything that needs a model shares these sizes, so that a program compiles once per test run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
 import os
+import resource
+import signal
 
 import numpy as np
 import pytest
@@ -201,3 +204,21 @@ class Tiny:
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     return Tiny()
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(100):` files beyond so many bytes fail to be written, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(size: int):
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limited

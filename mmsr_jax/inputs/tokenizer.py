@@ -147,13 +147,18 @@ class Tokenizer:
         return self.special("<|vision_end|>")
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which `AutoTokenizer` loads."""
+        """Writes tokenizer.json and tokenizer_config.json, which `AutoTokenizer` loads.
+
+        tokenizer.json comes last and in one move: where it is, all is there.
+        """
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.whole.save(str(folder / "tokenizer.json"))
         config = self.config or _config(self)
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        draft = folder / "tokenizer.json.draft"
+        self.whole.save(str(draft))
+        draft.replace(folder / "tokenizer.json")
 
 
 def load(source: str | pathlib.Path) -> Tokenizer:

@@ -159,3 +159,13 @@ def test_structural_ids_are_the_special_tokens_that_end_no_turn(tokenizer):
     assert tokenizer.special("<tool_call>") not in tokenizer.structural_ids
     for text in TEXTS:
         assert not set(tokenizer.encode(text)) & set(tokenizer.structural_ids)
+
+
+def test_a_save_that_breaks_off_leaves_no_tokenizer(tokenizer, tmp_path, full_disk):
+    """A run asks whether tokenizer.json is there: half of one would stop it for good."""
+    with full_disk(10_000), pytest.raises(Exception, match="File too large"):
+        tokenizer.save(tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
+    tokenizer.save(tmp_path)
+    assert tokenizer_lib.load(tmp_path).encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
