@@ -22,11 +22,12 @@ def run(job: Job, log: RunLog):
     with Checkpoints(job.workdir / "checkpoints" / "sft", e.checkpoint) as checkpoints:
         # 1. Start: newest checkpoint, or else `weights`, or random ones.
         state = state_lib.create(job.start(), transform, job.mesh)
-        first = 0
+        first, meta = 0, {}
         if checkpoints.latest is not None:
             state, meta = checkpoints.restore(state_lib.vacate(state))
             first = meta["step"]
         if first == config.steps:
+            job.skipped += meta.get("skipped", 0)
             return state.params
         log.resume("sft", first) if first else log.resume()
         # 2. Material: every lesson played once through the real tools.
@@ -54,7 +55,7 @@ def run(job: Job, log: RunLog):
                 # 4. Checkpoint by the clock of steps, and always at the end.
                 done = number + 1
                 if done % (10 * e.checkpoint.every) == 0 or done == config.steps:
-                    checkpoints.save(done, state, {"step": done})
+                    checkpoints.save(done, state, {"step": done, "skipped": job.skipped})
         return state.params
 
 
