@@ -20,7 +20,10 @@ from mmsr_jax.types import Author, Tokens
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig:
-    """Shapes of a micro-batch: each is compiled in."""
+    """Shapes of a micro-batch: each is compiled in.
+
+    Conversations are cut to what one of them may be, while they are sampled and evaluated.
+    """
 
     rows: int = 16  # B
     length: int = 192  # T; the longest conversation must fit
