@@ -123,7 +123,7 @@ def loss(
     logprobs, entropy = token_logprobs(graph, params, batch.inputs, batch.targets, temperature)
     fixed = jax.lax.stop_gradient(logprobs)
     old = fixed if batch.old_logprobs is None else batch.old_logprobs
-    ratio = jnp.exp(jnp.where(batch.mask > 0, logprobs - old, 0.0))
+    ratio = jnp.exp(jnp.where(batch.weights > 0, logprobs - old, 0.0))
     clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     policy = jnp.maximum(-batch.advantages * ratio, -batch.advantages * clipped)
     gap = jnp.where(batch.mask > 0, old - batch.sampler_logprobs, 0.0)

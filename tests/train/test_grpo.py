@@ -60,7 +60,10 @@ def entries(values):
     return jnp.asarray(values, jnp.float32)[None]
 
 
-def measured(monkeypatch, config, *, logp, advantages, old=None, sampler=None, ref=None, mask=None):
+def measured(
+    monkeypatch, config, *, logp, advantages, old=None, sampler=None, ref=None, mask=None,
+    weights=None,
+):  # fmt: skip
     """`grpo.loss` with log-probs given instead of a model's; the gradient is over them."""
     count = len(logp)
     given = {"policy": entries(logp), "reference": None if ref is None else entries(ref)}
@@ -74,7 +77,7 @@ def measured(monkeypatch, config, *, logp, advantages, old=None, sampler=None, r
         inputs=None,
         targets=None,
         mask=entries(mask),
-        weights=entries(mask / mask.sum()),
+        weights=entries(mask / mask.sum() if weights is None else weights),
         advantages=entries(advantages),
         sampler_logprobs=entries(logp if sampler is None else sampler),
         old_logprobs=None if old is None else entries(old),
@@ -177,6 +180,20 @@ def test_masked_tokens_count_for_nothing(monkeypatch):
     )  # fmt: skip
     assert values == pytest.approx(few, rel=1e-6)
     np.testing.assert_allclose(slope[[0, 2]], kept, rtol=1e-6)
+
+
+def test_what_is_left_out_of_the_loss_cannot_spoil_it(monkeypatch):
+    """A trajectory of weight 0 whose ratio is beyond float32: 0 * inf would be no number."""
+
+    def given(old):
+        values, slope = measured(
+            monkeypatch, grpo.LossConfig(kl_weight=0.1), logp=[-1.0, -1.0], old=[-1.1, old],
+            ref=[-1.0, -1.0], advantages=[1.0, -1.0], weights=[1, 0],
+        )  # fmt: skip
+        return values["loss"], slope.tolist()
+
+    assert given(-200.0) == given(-1.0)
+    assert np.isfinite(given(-200.0)[0])
 
 
 def plain(logp, old, ref, advantages, mask, beta, low, high):
