@@ -185,12 +185,14 @@ def test_log_records_are_plain_lines(monkeypatch, capsys):
         logging.getLogger("mmsr_jax.tools").info("50 [bold]flags[/bold] %s", "x" * 60)
         logging.getLogger("other").info("not shown")
         logging.getLogger("other").warning("shown")
+        logging.getLogger("other").warning("bad \x1b]0;title\x07\x1b[31m\nexample")
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
         logging.getLogger("mmsr_jax").setLevel(logging.NOTSET)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["50 [bold]flags[/bold] " + "x" * 60, "warning: shown"]
+    assert lines[:2] == ["50 [bold]flags[/bold] " + "x" * 60, "warning: shown"]
+    assert lines[2:] == ["warning: bad  ]0;title  [31m", "example"]
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,21 @@ def test_a_failure_in_work_begun_keeps_its_traceback(folder, loop, capsys):
     assert not (folder / "runs/small/error.txt").exists()
 
 
+def test_an_output_that_knows_ascii_only_ends_no_run(folder, loop, monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", written)
+    loop(lambda experiment, workdir, log: log.print("0.951 \u00b10.008"))
+    assert main(["train", "small.py"]) == 0
+    written.flush()
+    assert written.buffer.getvalue() == b"0.951 ?0.008\n"
+
+
+def test_a_strangers_run_cannot_command_the_terminal(folder, capsys):
+    (folder / "config.json").write_text(json.dumps({"\x1b]0;title\x07\x1b[31m": 1}))
+    assert main(["export", ".", "out"]) == 2
+    assert complaint(capsys).isprintable()
+
+
 def test_a_value_error_from_a_library_is_no_mistake_of_the_user(folder, loop, capsys):
     loop(lambda *_: np.zeros(3).reshape(2))
     assert main(["train", "small.py"]) == 1
@@ -210,3 +225,15 @@ def test_data_builds_and_shows_a_dataset(folder, capsys, monkeypatch):
     assert "Unknown split 'dev'" in complaint(capsys)
     assert main(["data", "show", "cats"]) == 2
     assert "no dataset 'cats'" in complaint(capsys)
+
+
+def test_a_datasets_brackets_are_no_markup(capsys):
+    from mmsr_jax.cli import data
+    from mmsr_jax.types import Example
+
+    picture = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(picture, "PNG")
+    shown = Example("[/a]", "[/b]?", picture.getvalue(), ("[/c]",), "flags", "[/d]", "e")
+    data._show(types.SimpleNamespace(name="flags", split="train", count=1), [shown])
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("[/a]", "[/b]?", "[/c]", "[/d]"))
