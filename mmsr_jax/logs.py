@@ -250,9 +250,9 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
         try:
             record = json.loads(line)
             records.append({**record, "step": int(record["step"]), "stage": str(record["stage"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:  # step 1e999
             raise ValueError(f"{path}, line {number} is no metrics record: {error}") from None
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
         record = json.loads(torn)  # perhaps only the newline is missing
         records.append({**record, "step": int(record["step"]), "stage": str(record["stage"])})
     return records

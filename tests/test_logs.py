@@ -87,10 +87,11 @@ def test_a_last_line_without_its_newline_is_kept(log):
     assert places(log) == [("grpo", 1), ("grpo", 2)]
 
 
-def test_a_broken_line_in_the_middle_is_named(log):
+@pytest.mark.parametrize("line", ["oops", '{"step": 1e999, "stage": "grpo"}', "[]"])
+def test_a_broken_line_in_the_middle_is_named(log, line):
     write(log, ("grpo", 1))
     with log.metrics_file.open("a") as file:
-        file.write("oops\n")
+        file.write(line + "\n")
     write(log, ("grpo", 2))
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no metrics record"):
         places(log)

@@ -88,6 +88,7 @@ def test_the_first_word_of_help_is_quick():
         (["train", "--steps", "3", "small.py"], "mmsr train: CONFIG comes first"),
         (["train", "small.py", "--stepz", "3"], "unknown flag --stepz, did you mean --steps?"),
         (["train", "small.py", "--steps", "x"], "mmsr train: error parsing --steps"),
+        (["train", "small.py", "--workdir", "small.py"], "mmsr train: small.py: file exists"),
         (["eval", "small.py"], "mmsr eval: runs/small: there is no such run"),
         (["view", "nowhere"], "mmsr view: there is no folder nowhere"),
         (["search", "image", "no.png"], "mmsr search: no.png: no such file or directory"),
