@@ -222,7 +222,9 @@ class LineHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        line = level + self.format(record)
+        # Names and texts of strangers' data: escape sequences in them stay without effect.
+        said = "".join(c if c.isprintable() or c == "\n" else " " for c in self.format(record))
+        line = level + said
         CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -248,9 +250,9 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
         try:
             record = json.loads(line)
             records.append({**record, "step": int(record["step"]), "stage": str(record["stage"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:  # step 1e999
             raise ValueError(f"{path}, line {number} is no metrics record: {error}") from None
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
         record = json.loads(torn)  # perhaps only the newline is missing
         records.append({**record, "step": int(record["step"]), "stage": str(record["stage"])})
     return records

@@ -87,10 +87,11 @@ def test_a_last_line_without_its_newline_is_kept(log):
     assert places(log) == [("grpo", 1), ("grpo", 2)]
 
 
-def test_a_broken_line_in_the_middle_is_named(log):
+@pytest.mark.parametrize("line", ["oops", '{"step": 1e999, "stage": "grpo"}', "[]"])
+def test_a_broken_line_in_the_middle_is_named(log, line):
     write(log, ("grpo", 1))
     with log.metrics_file.open("a") as file:
-        file.write("oops\n")
+        file.write(line + "\n")
     write(log, ("grpo", 2))
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no metrics record"):
         places(log)
@@ -185,12 +186,14 @@ def test_log_records_are_plain_lines(monkeypatch, capsys):
         logging.getLogger("mmsr_jax.tools").info("50 [bold]flags[/bold] %s", "x" * 60)
         logging.getLogger("other").info("not shown")
         logging.getLogger("other").warning("shown")
+        logging.getLogger("other").warning("bad \x1b]0;title\x07\x1b[31m\nexample")
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
         logging.getLogger("mmsr_jax").setLevel(logging.NOTSET)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["50 [bold]flags[/bold] " + "x" * 60, "warning: shown"]
+    assert lines[:2] == ["50 [bold]flags[/bold] " + "x" * 60, "warning: shown"]
+    assert lines[2:] == ["warning: bad  ]0;title  [31m", "example"]
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ def _traces_parser(what) -> Parser:
         description="Writes the conversations of a run as traces for `mmsr bench engine`: groups, "
         "lengths of turns and results, sizes of pictures, and the seconds of each tool call, "
         "without their words and pixels.",
-        example="mmsr bench traces runs/flags flags.jsonl --step 100 120\n"
+        example="mmsr bench traces runs/flags flags.jsonl --step 80 90\n"
         "  mmsr bench engine --parts replay barrier --traces flags.jsonl --latency recorded",
     )
     made.add_argument("run", metavar="RUN", help="a run's folder")

@@ -6,7 +6,13 @@ import traceback
 from collections.abc import Callable, Iterator
 
 PACKAGE = pathlib.Path(__file__).parents[1]
-FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+FILE_ERRORS = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
 
 
 class UsageError(ValueError):

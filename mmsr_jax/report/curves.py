@@ -49,25 +49,31 @@ class Panel:
 def stages(records: Sequence[dict[str, Any]]) -> dict[str, list[Panel]]:
     """Stage -> its panels, from the lines of `metrics.jsonl`, in the order of time.
 
-    Lines of one stage and step are taken together. Values that are no numbers, and metrics with
+    Lines of one stage and step are taken together. Values that cannot be drawn, and metrics with
     fewer than two points, are passed over: they make no curve.
     """
     points: dict[str, dict[str, dict[int, float]]] = {}
     for record in records:
         metrics = points.setdefault(record["stage"], {})
         for name, value in record.items():
-            if name not in ("step", "stage") and isinstance(value, int | float):
+            if name not in ("step", "stage") and _number(value):
                 metrics.setdefault(name, {})[record["step"]] = value
     found = {}
     for stage, metrics in points.items():
         series = [
-            Series(name, tuple(curve), tuple(curve.values()))
+            # Half a surrogate pair has no glyph, and cannot be written either.
+            Series(name.encode("utf-8", "replace").decode(), tuple(curve), tuple(curve.values()))
             for name, curve in metrics.items()
             if len(curve) > 1
         ]
         if series:
             found[stage] = _panels(series)
     return found
+
+
+def _number(value: Any) -> bool:
+    """Can it be drawn? Axes near the end of what a float can hold cannot, nor longer integers."""
+    return isinstance(value, int | float) and abs(value) < 1e100
 
 
 def draw(panel: Panel) -> str:

@@ -70,13 +70,16 @@ class Checkpoints:
 
         Args:
           abstract: tree of jax.ShapeDtypeStruct with the shardings wanted.
+
+        Raises:
+          ValueError: the checkpoint is damaged, or holds other arrays.
         """
         step = self.latest if step is None else step
         if step is None:
             return None
-        restored = self._manager.restore(
+        restored = self._read(
             step,
-            args=ocp.args.Composite(
+            ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
             ),
         )
@@ -89,13 +92,16 @@ class Checkpoints:
 
         Args:
           abstract: tree of jax.ShapeDtypeStruct of the parameters with the shardings wanted.
+
+        Raises:
+          ValueError: as `restore`.
         """
         if self.latest is None:
             return None
         item = {"params": abstract}
-        restored = self._manager.restore(
+        restored = self._read(
             self.latest,
-            args=ocp.args.Composite(
+            ocp.args.Composite(
                 state=ocp.args.PyTreeRestore(
                     item,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -104,6 +110,17 @@ class Checkpoints:
             ),
         )
         return restored["state"]["params"]
+
+    def _read(self, step: int, args):
+        """What orbax restores of a step; its pages of complaint become one line."""
+        try:
+            return self._manager.restore(step, args=args)
+        except (KeyError, OSError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint {self._manager.directory / str(step)} cannot be read: damaged, or of "
+                f"another model ({type(error).__name__}: {' '.join(str(error).split())[:120]}); "
+                "with that folder removed, the checkpoint before it is taken"
+            ) from error
 
     def close(self) -> None:
         """Waits for what is being written."""

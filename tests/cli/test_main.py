@@ -88,6 +88,7 @@ def test_the_first_word_of_help_is_quick():
         (["train", "--steps", "3", "small.py"], "mmsr train: CONFIG comes first"),
         (["train", "small.py", "--stepz", "3"], "unknown flag --stepz, did you mean --steps?"),
         (["train", "small.py", "--steps", "x"], "mmsr train: error parsing --steps"),
+        (["train", "small.py", "--workdir", "small.py"], "mmsr train: small.py: file exists"),
         (["eval", "small.py"], "mmsr eval: runs/small: there is no such run"),
         (["view", "nowhere"], "mmsr view: there is no folder nowhere"),
         (["search", "image", "no.png"], "mmsr search: no.png: no such file or directory"),
@@ -140,6 +141,21 @@ def test_a_failure_in_work_begun_keeps_its_traceback(folder, loop, capsys):
     loop(lambda *_: None)
     assert main(["train", "small.py"]) == 0
     assert not (folder / "runs/small/error.txt").exists()
+
+
+def test_an_output_that_knows_ascii_only_ends_no_run(folder, loop, monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", written)
+    loop(lambda experiment, workdir, log: log.print("0.951 \u00b10.008"))
+    assert main(["train", "small.py"]) == 0
+    written.flush()
+    assert written.buffer.getvalue() == b"0.951 ?0.008\n"
+
+
+def test_a_strangers_run_cannot_command_the_terminal(folder, capsys):
+    (folder / "config.json").write_text(json.dumps({"\x1b]0;title\x07\x1b[31m": 1}))
+    assert main(["export", ".", "out"]) == 2
+    assert complaint(capsys).isprintable()
 
 
 def test_a_value_error_from_a_library_is_no_mistake_of_the_user(folder, loop, capsys):
@@ -210,3 +226,15 @@ def test_data_builds_and_shows_a_dataset(folder, capsys, monkeypatch):
     assert "Unknown split 'dev'" in complaint(capsys)
     assert main(["data", "show", "cats"]) == 2
     assert "no dataset 'cats'" in complaint(capsys)
+
+
+def test_a_datasets_brackets_are_no_markup(capsys):
+    from mmsr_jax.cli import data
+    from mmsr_jax.types import Example
+
+    picture = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(picture, "PNG")
+    shown = Example("[/a]", "[/b]?", picture.getvalue(), ("[/c]",), "flags", "[/d]", "e")
+    data._show(types.SimpleNamespace(name="flags", split="train", count=1), [shown])
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("[/a]", "[/b]?", "[/c]", "[/d]"))

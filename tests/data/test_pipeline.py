@@ -186,6 +186,8 @@ def test_broken_text_does_not_end_a_run(picture):
     [
         ({"categories": ("known", "unknown"), "shares": (1.0,)}, "1 shares for 2 categories"),
         ({"categories": ("known",), "shares": (0.0,)}, "above 0"),
+        ({"categories": ("known",), "shares": (float("nan"),)}, "above 0"),
+        ({"categories": ("known",), "shares": (float("inf"),)}, "above 0"),
         ({"process_index": 2, "process_count": 2}, "process_index 2 is not one of 2"),
         ({"epochs": 0}, "epochs must be at least 1 or None, not 0"),
     ],
@@ -207,6 +209,16 @@ def test_default_folder_is_the_users_cache(monkeypatch, tmp_path):
     assert pipeline.default_data_dir() == str(tmp_path / "mmsr_jax" / "data")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert pipeline.default_data_dir().endswith("/.cache/mmsr_jax/data")
+
+
+def test_a_user_without_a_home_is_told_what_to_name(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pipeline.pathlib.Path, "home", home)
+    with pytest.raises(ValueError, match=r"HOME or XDG_CACHE_HOME.*data\.folder"):
+        pipeline.default_data_dir()
 
 
 class Rival:

@@ -120,6 +120,25 @@ def test_killed_in_grpo_and_continued_is_the_same_run(whole, small, tmp_path):
     assert summary(workdir) == summary(whole)
 
 
+def test_a_run_that_is_done_keeps_its_figures(whole, small):
+    before = (whole / "summary.json").read_bytes()  # its times and compilations among them
+    with RunLog(whole) as log:
+        loop.run(small, whole, log)
+        assert not log.begun
+    assert (whole / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("room", ["data", "evaluation"])
+def test_a_category_that_there_is_not_ends_a_run_before_it_begins(small, tmp_path, room):
+    name = "grpo_categories" if room == "data" else "categories"
+    changed = dataclasses.replace(getattr(small, room), **{name: ("known", "unknwn")})
+    if room == "data":
+        changed = dataclasses.replace(changed, grpo_shares=())
+    with RunLog(tmp_path) as log, pytest.raises(ValueError, match=r"no category \['unknwn'\]"):
+        loop.run(dataclasses.replace(small, **{room: changed}), tmp_path, log)
+    assert not log.begun and not list(tmp_path.iterdir())
+
+
 def test_other_settings_in_the_same_folder_are_refused(whole, small):
     other = dataclasses.replace(small, grpo=dataclasses.replace(small.grpo, prompts=2))
     with RunLog(whole) as log, pytest.raises(ValueError, match=r"grpo\.prompts"):

@@ -1,6 +1,8 @@
 import re
 import xml.etree.ElementTree as ElementTree
 
+import pytest
+
 from mmsr_jax.report.curves import COLOURS, SERIES, Panel, Series, draw, stages
 
 
@@ -27,6 +29,16 @@ def test_stages_stay_apart_and_a_later_line_of_a_step_replaces_the_earlier():
 def test_what_makes_no_curve_is_passed_over():
     records = [line(1, a=None, b="text", c=1.0), line(2, a=None, b="text")]
     assert stages(records) == {}
+
+
+@pytest.mark.parametrize("value", [10**400, 1e308, float("nan"), float("-inf")])
+def test_what_cannot_be_drawn_makes_no_curve(value):
+    assert stages([line(1, a=value), line(2, a=value)]) == {}
+
+
+def test_any_name_can_be_drawn():
+    (panel,) = stages([line(1, **{"\ud800": 1.0}), line(2, **{"\ud800": 2.0})])["grpo"]
+    assert panel.title == "?" and draw(panel)
 
 
 def test_a_crowded_family_is_spread_over_panels():

@@ -152,6 +152,21 @@ def test_a_broken_trajectory_is_named(tmp_path):
         write_report(tmp_path)
 
 
+def test_a_step_that_shows_no_trajectory_is_passed_over(tmp_path):
+    """What `--grpo.save-trajectories 0` leaves."""
+    assert make(tmp_path, []).named("article") == []
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"a": "\xff"}', b'{"turns": [1]}', b'{"answers": null}', b'{"seconds": "long"}']
+)
+def test_a_file_that_holds_something_else_is_named(tmp_path, data):
+    make(tmp_path, [episode()])
+    (tmp_path / "trajectories" / "20.jsonl").write_bytes(data + b"\n")
+    with pytest.raises(ValueError, match=r"20\.jsonl"):
+        write_report(tmp_path)
+
+
 def test_segments():
     assert segments("a<reason>b</reason><x>") == [
         ("text", "a"), ("tag", "<reason>"), ("text", "b"), ("tag", "</reason>"), ("text", "<x>"),

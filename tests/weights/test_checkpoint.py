@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmsr_jax.cli.endings import is_mistake
 from mmsr_jax.train import state as state_lib
 from mmsr_jax.train import step
 from mmsr_jax.train.assemble import Piece, assemble
@@ -183,3 +185,24 @@ def test_one_device_to_eight_and_back(tiny, tmp_path):
         found, meta = checkpoints.restore(state_lib.abstract(state))
     assert meta == {"step": 2}
     assert_equal(found, state)
+
+
+def test_a_damaged_checkpoint_is_named_and_can_be_taken_away(tiny, tmp_path):
+    state = fresh(tiny)
+    with Checkpoints(tmp_path / "c", CONFIG) as checkpoints:
+        checkpoints.save(1, state, {"step": 1})
+        checkpoints.save(2, state, {"step": 2})
+    described = tmp_path / "c" / "2" / "state" / "_METADATA"
+    described.write_bytes(described.read_bytes()[:200])
+    with Checkpoints(tmp_path / "c", CONFIG) as checkpoints:
+        for read in (
+            lambda: checkpoints.restore(state_lib.abstract(state)),
+            lambda: checkpoints.restore_params(state_lib.abstract(state).params),
+        ):
+            with pytest.raises(ValueError, match=r"checkpoint \S+/c/2 cannot be read") as caught:
+                read()
+            assert is_mistake(caught.value)
+    shutil.rmtree(tmp_path / "c" / "2")
+    with Checkpoints(tmp_path / "c", CONFIG) as checkpoints:
+        _, meta = checkpoints.restore(state_lib.abstract(state))
+    assert meta == {"step": 1}
