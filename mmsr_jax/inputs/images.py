@@ -132,10 +132,11 @@ def decode(data: bytes) -> Image.Image:
         )
     try:
         image.load()
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip it to white
             grey = np.asarray(image).astype(np.uint16) >> 8
             return Image.fromarray(grey.astype(np.uint8))
-        return ImageOps.exif_transpose(image)
+        return image
     except Exception as error:
         raise ValueError(f"the picture is broken: {error}") from error
 

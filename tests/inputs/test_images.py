@@ -145,6 +145,15 @@ def test_sixteen_bit_grey_keeps_its_contrast():
     np.testing.assert_array_equal(np.asarray(image), (levels >> 8).astype(np.uint8))
 
 
+def test_sixteen_bit_grey_is_turned_upright():
+    levels = np.arange(60 * 120).astype(np.uint16).reshape(60, 120) * 9
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = images.decode(png(Image.fromarray(levels), exif=exif))
+    turned = np.rot90(levels >> 8, -1).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(image), turned)
+
+
 def huge_png(width: int, height: int) -> bytes:
     """A header that promises more pixels than it holds."""
 
