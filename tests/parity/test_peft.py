@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as torch_save
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from mmsr_jax.inputs import layout
@@ -238,6 +239,14 @@ def test_what_does_not_fit_is_named(loaded, tmp_path):
     (tmp_path / ours.TENSORS).write_bytes(b"\x10\0\0")
     with pytest.raises(ValueError, match="damaged"):
         ours.load(tmp_path, loaded.config)
+    eighths = {name: torch.zeros(t.shape, dtype=torch.float8_e4m3fn) for name, t in tensors.items()}
+    torch_save(eighths, tmp_path / ours.TENSORS)
+    with pytest.raises(ValueError, match="damaged or quantised"):
+        ours.load(tmp_path, loaded.config)
+    for text in ("{", "[1]"):
+        (tmp_path / ours.CONFIG).write_text(text)
+        with pytest.raises(ValueError, match="is no JSON"):
+            ours.load(tmp_path, loaded.config)
     with pytest.raises(ValueError, match="no PEFT adapter"):
         ours.load(tmp_path / "nowhere", loaded.config)
 
@@ -250,6 +259,10 @@ def test_what_does_not_fit_is_named(loaded, tmp_path):
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"bias": "all"}, "bias = 'all'"),
         ({"peft_type": "IA3"}, "of type IA3"),
+        ({"r": "3"}, "r is '3', from 1 to"),
+        ({"r": 10**30}, "r is 1000"),
+        ({"lora_alpha": None}, "lora_alpha is None, above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, above 0"),
     ],
 )
 def test_other_kinds_of_adapter_are_refused(loaded, tmp_path, change, message):
