@@ -46,6 +46,10 @@ _YOUNGER = dict.fromkeys(
     )
 )  # fmt: skip
 
+# First values that leave the weights beneath as they are. Others (PiSSA, OLoRA, CorDA, LoftQ) take
+# something out of them, and `peft` does so anew whenever it loads such an adapter.
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+
 
 def save(
     params: dict,
@@ -207,6 +211,13 @@ def _settings(folder: pathlib.Path) -> dict:
     for name, plain in (_PLAIN | _YOUNGER).items():
         if (settings.get(name) or plain) != plain:
             raise ValueError(f"{folder}: {name} = {settings[name]!r} is not supported")
+    start = settings.get("init_lora_weights", True)
+    if start not in _STARTS:
+        raise ValueError(
+            f"{folder}: init_lora_weights = {start!r} changes the weights beneath, which is not "
+            "supported: convert it to a plain adapter when saving (path_initial_model_for_weight_"
+            "conversion), or merge it with peft"
+        )
     if missing := [name for name in ("r", "lora_alpha") if name not in settings]:
         raise ValueError(f"{folder / CONFIG} lacks {', '.join(missing)}")
     rank, alpha = settings["r"], settings["lora_alpha"]
