@@ -318,6 +318,18 @@ class Job:
         config = self._data(split, categories, shares=shares, seed=self.experiment.seed)
         return pipeline.stream(config, self.experiment.flags)
 
+    def check_questions(self) -> None:
+        """Opens the data of every stage: a category that there is not ends a run before it begins.
+
+        Raises:
+          ValueError: no such category, or shares that do not fit.
+        """
+        e = self.experiment
+        if "grpo" in e.stages:
+            self.stream("train", e.data.grpo_categories, e.data.grpo_shares)
+        if "eval" in e.stages:
+            self.stream("test", e.evaluation.categories + e.evaluation.unseen)
+
     def demonstrations(self) -> dict[str, list[Tokens]]:
         """SFT's conversations by kind of lesson, played through the real tools."""
         e = self.experiment

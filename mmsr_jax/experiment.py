@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import pydantic
@@ -143,14 +145,20 @@ def save(experiment: Experiment, workdir: pathlib.Path) -> None:
     Settings that bear on no result (`FREE`) may be others than before.
 
     Raises:
-      ValueError: it does; the message names the fields that differ.
+      ValueError: it does, the message names the fields that differ; or its file is damaged.
     """
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
-        text = path.read_text()
+        try:
+            old = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): choose another --workdir, or delete that folder "
+                "to start over"
+            ) from None
         with contextlib.suppress(ValueError):  # fields newer than the run have their defaults
-            text = Experiment.from_json(text).to_json()
-        old, new = json.loads(text), json.loads(experiment.to_json())
+            old = json.loads(Experiment.from_json(json.dumps(old)).to_json())
+        new = json.loads(experiment.to_json())
         differing = sorted(set(_differences(old, new)) - FREE)
         if differing:
             raise ValueError(
@@ -160,7 +168,34 @@ def save(experiment: Experiment, workdir: pathlib.Path) -> None:
         if old == new:
             return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(experiment.to_json())
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(experiment.to_json(), encoding="utf-8")
+    draft.replace(path)  # a kill leaves the old one or the new one
+
+
+@contextlib.contextmanager
+def settled(
+    experiment: Experiment, workdir: pathlib.Path, begun: Callable[[], bool]
+) -> Iterator[None]:
+    """Around a run: its settings are saved, and taken back when it fails before work has `begun`.
+
+    Otherwise a mistyped flag would keep the folder from the same command put right. The tokenizer
+    goes with them: it was trained for these settings.
+
+    Raises:
+      ValueError: as `save`.
+    """
+    paths = [pathlib.Path(workdir) / name for name in ("config.json", "tokenizer")]
+    made = [path for path in paths if not path.exists()]
+    save(experiment, workdir)
+    try:
+        yield
+    except BaseException:
+        if paths[0] in made and not begun():
+            paths[0].unlink()
+            if paths[1] in made:
+                shutil.rmtree(paths[1], ignore_errors=True)
+        raise
 
 
 def check_weights(experiment: Experiment, workdir: pathlib.Path) -> None:

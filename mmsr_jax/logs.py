@@ -222,7 +222,9 @@ class LineHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        line = level + self.format(record)
+        # Names and texts of strangers' data: escape sequences in them stay without effect.
+        said = "".join(c if c.isprintable() or c == "\n" else " " for c in self.format(record))
+        line = level + said
         CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -7,6 +7,7 @@ import io
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mmsr_jax.cli.endings import UsageError
 from mmsr_jax.cli.words import Parser, printable
@@ -77,12 +78,14 @@ def _show(given, examples) -> None:
         raise UsageError(f"--count must be at least 1, not {given.count}")
     counts = collections.Counter(example.category for example in examples)
     sizes = ", ".join(f"{category or 'any'} {n}" for category, n in sorted(counts.items()))
-    table = Table(title=f"{given.name}, {given.split}: {sizes}", title_justify="left", box=None)
+    # Text, not strings: a dataset's brackets are no markup.
+    title = Text(printable(f"{given.name}, {given.split}: {sizes}"), style="table.title")
+    table = Table(title=title, title_justify="left", box=None)
     for column in ("id", "category", "picture", "question", "answers"):
         table.add_column(column, overflow="fold")
     step = max(len(examples) // given.count, 1)
     for example in examples[::step][: given.count]:
         width, height = Image.open(io.BytesIO(example.image)).size
         cells = (example.id, example.category, f"{width}x{height}", example.question)
-        table.add_row(*map(printable, cells), printable(" / ".join(example.answers)))
+        table.add_row(*(Text(printable(cell)) for cell in (*cells, " / ".join(example.answers))))
     Console().print(table)

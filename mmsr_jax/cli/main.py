@@ -7,6 +7,7 @@
 """
 
 import importlib
+import io
 import os
 import shlex
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 
 from mmsr_jax import __version__
 from mmsr_jax.cli.endings import WorkFailed, is_mistake, one_line
-from mmsr_jax.cli.words import nearest
+from mmsr_jax.cli.words import nearest, printable
 
 COMMANDS = {
     "train": "run the stages of an experiment; the same command continues a stopped run",
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     name = words[0] if words else ""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show ends no run
+            stream.reconfigure(errors="replace")
     try:
         if name in ("", "-h", "--help", "help"):
             print(HELP, end="")
@@ -75,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exception(error)
         prefix = f"mmsr {name}".strip() if name in COMMANDS else "mmsr"
-        print(f"{prefix}: {_explain(error, debug)}", file=sys.stderr)
+        # Printable: a stranger's file may be what the error is about.
+        print(printable(f"{prefix}: {_explain(error, debug)}"), file=sys.stderr)
         return 2 if is_mistake(error) else 1
 
 

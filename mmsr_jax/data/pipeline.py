@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -56,15 +57,27 @@ class DataConfig:
                 f"{len(self.shares)} shares for {len(self.categories)} categories: "
                 "one for each is needed"
             )
-        if self.shares and min(self.shares) <= 0:
+        if not all(0 < share < math.inf for share in self.shares):
             raise ValueError(f"shares must be above 0, not {self.shares}")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1 or None, not {self.epochs}")
 
 
 def default_data_dir() -> str:
-    """Where datasets are prepared unless a config says otherwise: the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    """Where datasets are prepared unless a config says otherwise: the user's cache folder.
+
+    Raises:
+        ValueError: this user has no home folder, and no cache folder is named.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        try:
+            cache = pathlib.Path.home() / ".cache"
+        except RuntimeError:
+            raise ValueError(
+                "no home folder to keep datasets in: set HOME or XDG_CACHE_HOME, or name a folder "
+                "(--folder, or data.folder of a config)"
+            ) from None
     return str(pathlib.Path(cache) / "mmsr_jax" / "data")
 
 

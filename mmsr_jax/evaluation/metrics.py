@@ -44,8 +44,8 @@ def summarise(scored: list[Scored], categories: tuple[str, ...]) -> dict[str, fl
     Returns:
       `accuracy`, `format`, `search_ratio`, `reward`, each with `_se` (standard error by entity),
       and the same under `CATEGORY/`; further `CATEGORY/accuracy_direct` and
-      `CATEGORY/accuracy_searched` (given no search, given one; absent where there was none),
-      and `CATEGORY/count`.
+      `CATEGORY/accuracy_searched` (given no search, given one, each over trajectories and not over
+      entities; absent where there was none), and `CATEGORY/count` (trajectories).
     """
     out = _means([s for s in scored if s.trajectory.example.category in categories], "")
     for category in categories:

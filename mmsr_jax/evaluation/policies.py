@@ -15,6 +15,10 @@ class EvaluationConfig:
     search_reason: str = " Look."  # words put into the mouth of the constant policies
     direct_reason: str = " Known."
 
+    def __post_init__(self):
+        if self.samples < 1:
+            raise ValueError(f"evaluation.samples must be at least 1, not {self.samples}")
+
 
 def always_search(config: EvaluationConfig) -> str:
     """A first response that searches, whatever the question; the model has only to end it.

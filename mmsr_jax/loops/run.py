@@ -11,6 +11,7 @@ from mmsr_jax.build import Job
 from mmsr_jax.experiment import Experiment
 from mmsr_jax.logs import RunLog
 from mmsr_jax.loops import evaluate, grpo, sft
+from mmsr_jax.loops.alone import alone
 from mmsr_jax.parallel import compiles
 from mmsr_jax.report.html import write_report
 from mmsr_jax.report.table import evaluation_table
@@ -20,7 +21,8 @@ def run(experiment: Experiment, workdir: pathlib.Path, log: RunLog) -> dict[str,
     """Runs what is left to do of the experiment in `workdir`; returns the summary.
 
     Raises:
-      ValueError: the folder holds another experiment, or there are several processes.
+      ValueError: the folder holds another experiment, another process works in it, or this one is
+        one of several.
     """
     if jax.process_count() > 1:
         # Each would draw the same questions, and batches of different sizes would never meet.
@@ -29,11 +31,16 @@ def run(experiment: Experiment, workdir: pathlib.Path, log: RunLog) -> dict[str,
             "all of its devices"
         )
     log.primary = True
-    experiment_lib.save(experiment, workdir)
+    with alone(workdir), experiment_lib.settled(experiment, workdir, lambda: log.begun):
+        return _stages(experiment, workdir, log)
+
+
+def _stages(experiment: Experiment, workdir: pathlib.Path, log: RunLog) -> dict[str, float]:
     began = time.perf_counter()
     job = Job(experiment, workdir)
     summary = {}
     try:
+        job.check_questions()
         params = sft.run(job, log) if "sft" in experiment.stages else job.start()
         if "eval" in experiment.stages:
             summary |= _flat("before", evaluate.run(job, log, "before", params))
@@ -66,6 +73,9 @@ def _flat(when: str, values: dict[str, float]) -> dict[str, float]:
 
 
 def _finish(workdir: pathlib.Path, summary: dict[str, float], log: RunLog) -> None:
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True))
+    path = workdir / "summary.json"
+    if log.begun or not path.exists():  # else all was done before: so are its times
+        path.write_text(json.dumps(summary, indent=1, sort_keys=True))
+    report = write_report(workdir)  # first: whoever reads standard output may have gone
     log.print(evaluation_table(summary))
-    log.print(f"Report with curves and trajectories: {write_report(workdir)}")
+    log.print(f"Report with curves and trajectories: {report}")

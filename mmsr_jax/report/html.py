@@ -49,7 +49,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
         layout=table.layout(summary),
         charts=charts,
         steps=_steps(records),
-        trajectories=[_card(*chosen) for chosen in _choose(workdir / "trajectories")],
+        trajectories=_choose(workdir / "trajectories"),
         config=list(_flat(_read_json(workdir / "config.json"))),
     )
     path = workdir / "report.html"
@@ -138,17 +138,22 @@ def _steps(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return last
 
 
-def _choose(folder: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
-    """A dozen (step, trajectory), the newest steps first, mixed by category and by searching.
+def _choose(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Cards of a dozen trajectories, the newest steps first, mixed by category and by searching.
 
     Otherwise a page of a well-trained run could show twelve times the same kind of episode.
     """
-    chosen: list[tuple[str, dict[str, Any]]] = []
+    cards: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.jsonl"), key=_age, reverse=True):
-        chosen += [(path.stem, record) for record in _mixed(_read_lines(path))]
-        if len(chosen) >= SHOWN:
+        records = _read_lines(path)
+        try:
+            mixed = _mixed(records)[: SHOWN - len(cards)]
+            cards += [_card(path.stem, record) for record in mixed]
+        except (AttributeError, TypeError, ValueError) as error:  # JSON, but not what we write
+            raise ValueError(f"{path} holds something else than trajectories: {error}") from None
+        if len(cards) >= SHOWN:
             break
-    return chosen[:SHOWN]
+    return cards
 
 
 def _age(path: pathlib.Path) -> tuple[bool, int, str]:
@@ -160,8 +165,8 @@ def _age(path: pathlib.Path) -> tuple[bool, int, str]:
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     records = []
     # Not splitlines: that also breaks at U+2028 and the like, which texts may hold.
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    for number, line in enumerate(lines, start=1):
+    whole = path.read_bytes().removesuffix(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
         try:
             records.append(dict(json.loads(line)))
         except (ValueError, TypeError):

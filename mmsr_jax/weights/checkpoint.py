@@ -15,6 +15,13 @@ class CheckpointConfig:
     every: int = 10  # steps between two checkpoints
     keep: int = 2  # newest ones to keep
 
+    def __post_init__(self):
+        if min(self.every, self.keep) < 1:
+            raise ValueError(
+                f"checkpoint.every and checkpoint.keep must be at least 1, not {self.every} and "
+                f"{self.keep}"
+            )
+
 
 class Checkpoints:
     """The checkpoints of one stage of a run.
@@ -65,13 +72,16 @@ class Checkpoints:
 
         Args:
           abstract: tree of jax.ShapeDtypeStruct with the shardings wanted.
+
+        Raises:
+          ValueError: the checkpoint is damaged, or holds other arrays.
         """
         step = self.latest if step is None else step
         if step is None:
             return None
-        restored = self._manager.restore(
+        restored = self._read(
             step,
-            args=ocp.args.Composite(
+            ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
             ),
         )
@@ -84,13 +94,16 @@ class Checkpoints:
 
         Args:
           abstract: tree of jax.ShapeDtypeStruct of the parameters with the shardings wanted.
+
+        Raises:
+          ValueError: as `restore`.
         """
         if self.latest is None:
             return None
         item = {"params": abstract}
-        restored = self._manager.restore(
+        restored = self._read(
             self.latest,
-            args=ocp.args.Composite(
+            ocp.args.Composite(
                 state=ocp.args.PyTreeRestore(
                     item,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -99,6 +112,17 @@ class Checkpoints:
             ),
         )
         return restored["state"]["params"]
+
+    def _read(self, step: int, args):
+        """What orbax restores of a step; its pages of complaint become one line."""
+        try:
+            return self._manager.restore(step, args=args)
+        except (KeyError, OSError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint {self._manager.directory / str(step)} cannot be read: damaged, or of "
+                f"another model ({type(error).__name__}: {' '.join(str(error).split())[:120]}); "
+                "with that folder removed, the checkpoint before it is taken"
+            ) from error
 
     def close(self) -> None:
         """Waits for what is being written."""
