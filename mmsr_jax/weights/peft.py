@@ -155,9 +155,12 @@ def load(folder: pathlib.Path | str, config: ModelConfig, *, dtype: str = "float
     rank = settings["r"]
     try:
         with safe_open(folder / TENSORS, framework="numpy") as file:
-            tensors = {_known(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            keys = file.keys()
+            tensors = {_known(key): file.get_tensor(key) for key in keys}
     except (SafetensorError, AttributeError) as error:  # the second: numbers numpy does not know
         raise ValueError(f"{folder / TENSORS} is damaged or quantised: {error}") from None
+    if len(tensors) < len(keys):
+        raise ValueError(f"{folder / TENSORS} holds the same tensor under two names")
     every = lora_lib.modules(config, vision=True)
     chosen = tuple(m for m in every if any(_key(n, k) in tensors for n in m.names for k in KINDS))
     vision = any(m.path[0] == "vision" for m in chosen)

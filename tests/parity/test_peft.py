@@ -239,6 +239,10 @@ def test_what_does_not_fit_is_named(loaded, tmp_path):
     (tmp_path / ours.TENSORS).write_bytes(b"\x10\0\0")
     with pytest.raises(ValueError, match="damaged"):
         ours.load(tmp_path, loaded.config)
+    old = name.replace("model.language_model.", "model.")
+    save_file(tensors | {old: 2 * tensors[name]}, tmp_path / ours.TENSORS)
+    with pytest.raises(ValueError, match="under two names"):
+        ours.load(tmp_path, loaded.config)
     eighths = {name: torch.zeros(t.shape, dtype=torch.float8_e4m3fn) for name, t in tensors.items()}
     torch_save(eighths, tmp_path / ours.TENSORS)
     with pytest.raises(ValueError, match="damaged or quantised"):

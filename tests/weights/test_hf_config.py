@@ -67,6 +67,7 @@ def test_any_value_anywhere(layout, tmp_path):
         ({"vision_config": [3]}, r"vision_config is \[3\], an object"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": 64}}, "mrope_section is 64, a list"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [64]}}, "is not of three axes"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'"),
         ({"image_token_id": 2**31}, "image_token_id is 2147483648"),
     ],
