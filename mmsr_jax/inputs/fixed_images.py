@@ -5,7 +5,6 @@ Bit for bit: resizing is Pillow's, on whole bytes, and normalising rounds where 
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmsr_jax.inputs import processor_file
 from mmsr_jax.inputs.images import MAX_ASPECT, rgb
 
 _CLIP = {
@@ -92,7 +92,7 @@ class FixedImageConfig:
         Raises:
             ValueError: neither is there, another processor, or something that is not built here.
         """
-        values, path = _values(pathlib.Path(folder))
+        values, path = processor_file.read(pathlib.Path(folder))
         kind = values.get("image_processor_type") or values.get("feature_extractor_type")
         known = str(kind).removesuffix("Fast").removesuffix("Pil")
         if known not in DEFAULTS:
@@ -187,29 +187,6 @@ def _tables(config: FixedImageConfig) -> list[np.ndarray]:
         (levels - np.float32(mean)) / np.float32(std)
         for mean, std in zip(config.mean, config.std, strict=True)
     ]
-
-
-def _values(folder: pathlib.Path) -> tuple[dict[str, Any], pathlib.Path]:
-    """The settings, and the file that they are in. transformers 5 looks in the same order."""
-    for name, part in (
-        ("processor_config.json", "image_processor"),
-        ("preprocessor_config.json", ""),
-    ):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            values = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from None
-        values = values.get(part) if part and isinstance(values, dict) else values
-        if isinstance(values, dict):
-            return values, path
-        if not part:
-            raise ValueError(f"{path} holds no object")
-    raise ValueError(
-        f"{folder} holds no preprocessor_config.json: how its model wants pictures is not known"
-    )
 
 
 def _size(given: Any, square: bool) -> tuple[tuple[int, int] | None, int | None]:

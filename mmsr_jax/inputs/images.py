@@ -4,15 +4,26 @@ import dataclasses
 import io
 import json
 import math
+import operator
 import pathlib
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from mmsr_jax.inputs import processor_file
 from mmsr_jax.tools.decoders import decoded_pixels, known_formats
 from mmsr_jax.types import Picture
 
 MAX_DECODED_PIXELS = 89_000_000  # 270 MB as RGB; Pillow itself warns a little above
+# What the processor does, by the names of its file; 3 is bicubic.
+STEPS = {
+    "resample": 3,
+    "do_resize": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+}
 MAX_ASPECT = 200  # longer side by shorter side, the limit of Qwen's own resize
 
 
@@ -50,34 +61,32 @@ class ImageConfig:
 
     @classmethod
     def from_hf(cls, folder: str | pathlib.Path) -> "ImageConfig":
-        """Reads preprocessor_config.json, of transformers 4 and 5.
+        """Reads preprocessor_config.json, or the image processor in processor_config.json.
 
         Raises:
-            ValueError: no such file, or not one of this processor.
+            ValueError: neither is there, another processor, or steps that are not built here.
         """
-        path = pathlib.Path(folder) / "preprocessor_config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from None
-        kind = values.get("image_processor_type", "Qwen2VLImageProcessor")
+        values, path = processor_file.read(pathlib.Path(folder))
+        kind = str(values.get("image_processor_type") or "Qwen2VLImageProcessor")
         if not kind.startswith("Qwen2VLImageProcessor"):
             raise ValueError(f"{path} is for {kind}, Qwen2VLImageProcessor needed")
-        size = values.get("size") or {}
-        found = {
-            "patch_size": values.get("patch_size"),
-            "temporal_patch_size": values.get("temporal_patch_size"),
-            "merge_size": values.get("merge_size"),
-            # The old keys win, as they do in transformers.
-            "min_pixels": values.get("min_pixels", size.get("shortest_edge")),
-            "max_pixels": values.get("max_pixels", size.get("longest_edge")),
-            "mean": values.get("image_mean"),
-            "std": values.get("image_std"),
-        }
-        for name in ("mean", "std"):
-            if found[name] is not None:
-                found[name] = tuple(found[name])
-        return cls(**{name: value for name, value in found.items() if value is not None})
+        for name, fixed in STEPS.items():
+            if (value := values.get(name, fixed)) != fixed:
+                raise ValueError(f"{path}: {name} is {value!r}, only {fixed} is built here")
+        try:
+            size = dict(values.get("size") or {})
+            # The old names win, as they do in transformers; null says nothing there either.
+            for old, new in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+                values[old] = size.get(new) if values.get(old) is None else values[old]
+            names = ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels")
+            said = [name for name in names if values.get(name) is not None]
+            found = {name: operator.index(values[name]) for name in said}
+            for name in ("mean", "std"):
+                if (value := values.get(f"image_{name}")) is not None:
+                    found[name] = tuple(map(float, value))
+            return cls(**found)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def to_hf(self, folder: str | pathlib.Path) -> None:
         """Writes preprocessor_config.json in a form that transformers 4 and 5 both read."""
@@ -92,12 +101,7 @@ class ImageConfig:
             "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
             "image_mean": list(self.mean),
             "image_std": list(self.std),
-            "resample": 3,
-            "do_resize": True,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "do_convert_rgb": True,
+            **STEPS,
         }
         path = pathlib.Path(folder) / "preprocessor_config.json"
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -132,10 +136,11 @@ def decode(data: bytes) -> Image.Image:
         )
     try:
         image.load()
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip it to white
             grey = np.asarray(image).astype(np.uint16) >> 8
             return Image.fromarray(grey.astype(np.uint8))
-        return ImageOps.exif_transpose(image)
+        return image
     except Exception as error:
         raise ValueError(f"the picture is broken: {error}") from error
 

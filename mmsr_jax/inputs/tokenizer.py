@@ -57,8 +57,9 @@ CHAT_TEMPLATE = (
     "<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
     "<|im_end|>\n"
     "{% endfor %}"
@@ -177,6 +178,8 @@ def load(source: str | pathlib.Path) -> Tokenizer:
             beside = file.with_name("tokenizer_config.json")
             if beside.is_file():
                 config = json.loads(beside.read_text(encoding="utf-8"))
+                if not isinstance(config, dict):
+                    raise ValueError(f"{beside} holds no object")
         elif path.is_dir() or path.is_absolute():
             raise FileNotFoundError(f"{file} does not exist")
         else:

@@ -78,6 +78,8 @@ class TextConfig:
     def __post_init__(self):
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads do not divide by {self.kv_heads} kv_heads")
+        if len(self.mrope_section) != 3:
+            raise ValueError(f"mrope_section {self.mrope_section} is not of three axes")
         if 2 * sum(self.mrope_section) != self.head_dim:
             raise ValueError(
                 f"mrope_section {self.mrope_section} sums to {sum(self.mrope_section)}, "

@@ -5,6 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def frequencies(size: int, theta: float) -> np.ndarray:
+    """The frequencies [size / 2] float32, each step rounded as the original rounds it.
+
+    The last bit counts: at position 32,000 it is 0.002 of an angle. numpy's own float32 power is
+    less exact than torch's, hence the float64 between.
+    """
+    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    powers = np.float64(theta) ** exponents.astype(np.float64)
+    return np.float32(1) / powers.astype(np.float32)
+
+
 def text_angles(
     positions: jax.Array, head_dim: int, theta: float, section: tuple[int, int, int]
 ) -> tuple[jax.Array, jax.Array]:
@@ -13,7 +24,7 @@ def text_angles(
     The frequencies are cut into contiguous sections: the first turn with the temporal position,
     then height, then width (Qwen2.5-VL; Qwen3-VL interleaves them instead).
     """
-    inverse = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    inverse = frequencies(head_dim, theta)
     parts = [
         jnp.broadcast_to(positions[axis][..., None], positions.shape[1:] + (count,))
         for axis, count in enumerate(section)
@@ -24,7 +35,7 @@ def text_angles(
 
 def patch_angles(hw: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """cos and sin [P, head_dim/2] float32 of patch coordinates [P, 2]: rows, then columns."""
-    inverse = theta ** (-np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2))
+    inverse = frequencies(head_dim // 2, theta)
 
     def turn(places):
         angles = places.astype(jnp.float32)[:, None] * inverse

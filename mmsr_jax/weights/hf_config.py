@@ -1,6 +1,8 @@
 """config.json of a checkpoint: read in either layout, written in the published flat one."""
 
+import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -14,6 +16,59 @@ _TOKENS = (
     "bos_token_id",
     "eos_token_id",
 )
+_MOST = 10**7  # of any one size; beyond it arrays only overflow
+_MOST_LAYERS = 1000  # the tensors that a config promises are listed before any is read
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """A JSON object out of a config.json that anybody may have written."""
+
+    path: pathlib.Path
+    values: dict[str, Any]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def record(self, *names: str) -> "_Record":
+        """The first of these objects that is there and not empty, else an empty one."""
+        for name in names:
+            if found := self.get(name):
+                if not isinstance(found, dict):
+                    raise ValueError(f"{self.path}: {name} is {found!r}, an object is needed")
+                return _Record(self.path, found)
+        return _Record(self.path, {})
+
+    def whole(self, name: str, default: int | None = None, most: int = _MOST) -> int:
+        return self._whole(name, self._need(name, default), 1, most)
+
+    def wholes(self, name: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        found = self._need(name, default)
+        if not isinstance(found, list | tuple):
+            raise ValueError(f"{self.path}: {name} is {found!r}, a list is needed")
+        return tuple(self._whole(name, value, 0, _MOST) for value in found)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        found = self._need(name, default)
+        fits = isinstance(found, int | float) and not isinstance(found, bool)
+        if not fits or not 0 < found < math.inf:
+            raise ValueError(f"{self.path}: {name} is {found!r}, a number above 0 is needed")
+        return float(found)
+
+    def _need(self, name: str, default: Any) -> Any:
+        found = self.get(name, default)
+        if found is None:
+            raise ValueError(f"{self.path} does not say {name}")
+        return found
+
+    def _whole(self, name: str, value: Any, least: int, most: int) -> int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+        if not fits or not least <= value <= most:
+            raise ValueError(
+                f"{self.path}: {name} is {value!r}, a whole number from {least} to {most} is needed"
+            )
+        return value
 
 
 def read(folder: pathlib.Path | str) -> ModelConfig:
@@ -21,35 +76,31 @@ def read(folder: pathlib.Path | str) -> ModelConfig:
 
     Raises:
         ValueError: no config.json, another architecture, quantised weights, or a size that is not
-            there. Nothing is guessed: the class defaults of the original code differ from every
-            published size.
+            there or cannot be one. Of the language model nothing is guessed: the class defaults
+            of the original code differ from every published size.
     """
     path = pathlib.Path(folder) / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no config.json: it is no checkpoint") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind != "qwen2_5_vl":
-        names = ", ".join(raw.get("architectures") or ()) if isinstance(raw, dict) else ""
+    raw = _Record(path, values if isinstance(values, dict) else {})
+    if (kind := raw.get("model_type")) != "qwen2_5_vl":
+        names = raw.get("architectures")
+        names = ", ".join(map(str, names)) if isinstance(names, list) else ""
         raise ValueError(
             f"{path} is of model_type {kind!r}{f' ({names})' if names else ''}; only Qwen2.5-VL "
             "('qwen2_5_vl') is known, such as Qwen/Qwen2.5-VL-3B-Instruct"
         )
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
+        method = raw.record("quantization_config").get("quant_method")
         raise ValueError(f"{path} is quantised ({method}): take the unquantised checkpoint")
-    text, vision = raw.get("text_config") or raw, raw.get("vision_config") or {}
+    nested = raw.record("text_config")
+    text, vision = nested if nested.values else raw, raw.record("vision_config")
 
-    def need(record: dict[str, Any], *names: str):
-        for name in names:
-            if record.get(name) is not None:
-                return record[name]
-        raise ValueError(f"{path} does not say {' or '.join(names)}")
-
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = text.record("rope_parameters", "rope_scaling")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "mrope"):
         raise ValueError(
@@ -59,45 +110,50 @@ def read(folder: pathlib.Path | str) -> ModelConfig:
     if text.get("use_sliding_window"):
         raise ValueError(f"{path} asks for sliding windows, which no published size uses")
     for record in (text, vision):
-        if record.get("hidden_act", "silu") != "silu":
-            raise ValueError(
-                f"{path} asks for activation {record['hidden_act']!r}, only silu is known"
-            )
-    hidden, heads = need(text, "hidden_size"), need(text, "num_attention_heads")
-    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        if (activation := record.get("hidden_act", "silu")) != "silu":
+            raise ValueError(f"{path} asks for activation {activation!r}, only silu is known")
     dtype = raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "bfloat16"
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"{path}: dtype is {dtype!r}, not bfloat16, float16 or float32")
+    hidden, heads = text.whole("hidden_size"), text.whole("num_attention_heads")
     tokens = {name: raw.get(name, text.get(name)) for name in _TOKENS}
-    vision_rope = vision.get("rope_parameters") or {}
+    tokens = {name: value for name, value in tokens.items() if isinstance(value, int)}
+    for name, value in tokens.items():
+        if not 0 <= value < 2**31:
+            raise ValueError(f"{path}: {name} is {value}, which is no id of a token")
     return ModelConfig(
         text=TextConfig(
-            vocab_size=need(text, "vocab_size"),
+            vocab_size=text.whole("vocab_size"),
             hidden=hidden,
-            layers=need(text, "num_hidden_layers"),
+            layers=text.whole("num_hidden_layers", most=_MOST_LAYERS),
             heads=heads,
-            kv_heads=need(text, "num_key_value_heads"),
-            head_dim=text.get("head_dim") or hidden // heads,
-            intermediate=need(text, "intermediate_size"),
-            mrope_section=tuple(need(rope, "mrope_section")),
-            rope_theta=float(need({**text, **rope}, "rope_theta")),
-            norm_eps=float(need(text, "rms_norm_eps")),
-            tied=bool(tied),
+            kv_heads=text.whole("num_key_value_heads"),
+            head_dim=text.whole("head_dim", max(1, hidden // heads)),
+            intermediate=text.whole("intermediate_size"),
+            mrope_section=rope.wholes("mrope_section"),
+            rope_theta=_Record(path, {**text.values, **rope.values}).number("rope_theta"),
+            norm_eps=text.number("rms_norm_eps"),
+            # Between 4.52 and 5 the outer word may stay false where the inner one is true.
+            tied=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         ),
+        # Until 4.51 transformers saved of the tower only what differs from its class. No published
+        # tower is as wide as the class says, so the width is always there.
         vision=VisionConfig(
-            depth=need(vision, "depth"),
-            hidden=need(vision, "hidden_size"),
-            heads=need(vision, "num_heads"),
-            intermediate=need(vision, "intermediate_size"),
-            out_hidden=need(vision, "out_hidden_size"),
-            full_attention_layers=tuple(need(vision, "fullatt_block_indexes")),
-            patch_size=need(vision, "patch_size", "spatial_patch_size"),
-            temporal_patch_size=vision.get("temporal_patch_size", 2),
-            in_channels=vision.get("in_channels") or vision.get("in_chans") or 3,
-            merge_size=vision.get("spatial_merge_size", 2),
-            window_size=need(vision, "window_size"),
-            rope_theta=float(vision_rope.get("rope_theta", 1e4)),
+            depth=vision.whole("depth", 32, most=_MOST_LAYERS),
+            hidden=vision.whole("hidden_size"),
+            heads=vision.whole("num_heads", 16),
+            intermediate=vision.whole("intermediate_size", 3420),
+            out_hidden=vision.whole("out_hidden_size", 3584),
+            full_attention_layers=vision.wholes("fullatt_block_indexes", (7, 15, 23, 31)),
+            patch_size=vision.whole("patch_size", 14),
+            temporal_patch_size=vision.whole("temporal_patch_size", 2),
+            in_channels=vision.whole("in_channels", vision.get("in_chans", 3)),
+            merge_size=vision.whole("spatial_merge_size", 2),
+            window_size=vision.whole("window_size", 112),
+            rope_theta=vision.record("rope_parameters").number("rope_theta", 1e4),
         ),
         dtype=dtype,
-        **{name: value for name, value in tokens.items() if isinstance(value, int)},
+        **tokens,
     )
 
 

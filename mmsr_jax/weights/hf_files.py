@@ -39,15 +39,16 @@ class Stored:
 
 
 def find(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The weight files of a folder.
+    """The weight files of a folder: a single one where there is one, as transformers takes them.
 
     Raises:
         ValueError: none, or an index that is broken or names a file that is not there.
     """
+    # First: an index beside it is of an older save, whose shards may still be there.
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     index = folder / INDEX
     if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return [folder / SINGLE]
         others = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"; {others[0]} and its like are not read: save as safetensors" if others else ""
         raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}")
@@ -81,7 +82,7 @@ def tensors(file: pathlib.Path) -> list[Stored]:
 
 def metadata(file: pathlib.Path) -> dict[str, str]:
     """The words that a safetensors file carries beside its tensors."""
-    return _header(file)[0].get("__metadata__", {})
+    return _header(file)[0].get("__metadata__") or {}
 
 
 def _header(file: pathlib.Path) -> tuple[dict, int]:

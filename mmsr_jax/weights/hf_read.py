@@ -16,7 +16,9 @@ from mmsr_jax.weights import hf_config, hf_files, hub
 from mmsr_jax.weights.hf_files import DTYPES, Stored
 from mmsr_jax.weights.hf_names import Entry, canonical, entries, get, published_shape, put, to_ours
 
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 _READERS = 4  # layers read at a time, each with one tensor mapped
+_ROWS = 4096  # of a table compared at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +133,8 @@ def _stored(config: ModelConfig, shapes: dict, folder: pathlib.Path) -> dict[str
         for entry in entries(config)
         for name in entry.published
     }
-    # Some programs write the head of a tied model too; it equals the embedding.
-    ignored = {"lm_head.weight"} if config.text.tied else set()
+    # Some programs write the head of a tied model too, equal to the embedding.
+    ignored = {HEAD} if config.text.tied else set()
     found: dict[str, Stored] = {}
     problems = []
     for file in hf_files.find(folder):
@@ -151,4 +153,19 @@ def _stored(config: ModelConfig, shapes: dict, folder: pathlib.Path) -> dict[str
             problems.append(f"unreadable {name}: numbers of kind {code}, not {', '.join(DTYPES)}")
     if problems:
         raise ValueError(f"{folder} does not fit its config:\n  " + "\n  ".join(sorted(problems)))
+    if config.text.tied and HEAD in found and not _equal(found[HEAD], found[TABLE]):
+        raise ValueError(
+            f"{folder}: its config ties {HEAD} to {TABLE}, and the files hold two that differ; "
+            "programs disagree on which is meant: set tie_word_embeddings to false in config.json "
+            f"to use both, or take {HEAD} out of the files"
+        )
     return found
+
+
+def _equal(one: Stored, other: Stored) -> bool:
+    """Whether two tensors hold the same numbers, read in slabs."""
+    if one.shape != other.shape or one.code not in DTYPES:
+        return False
+    left, right = one.map(), other.map()
+    slabs = (slice(at, at + _ROWS) for at in range(0, len(left), _ROWS))
+    return all(np.array_equal(left[slab], right[slab]) for slab in slabs)

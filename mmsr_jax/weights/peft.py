@@ -24,6 +24,7 @@ from mmsr_jax.weights.hf_names import canonical
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MOST_RANK = 2**16  # more than any matrix has
 KINDS = {lora_lib.A: "lora_A", lora_lib.B: "lora_B"}
 
 # What an adapter may be beyond plain LoRA, with the value that means "it is not".
@@ -44,6 +45,10 @@ _YOUNGER = dict.fromkeys(
         "velora_config", "monteclora_config",
     )
 )  # fmt: skip
+
+# First values that leave the weights beneath as they are. Others (PiSSA, OLoRA, CorDA, LoftQ) take
+# something out of them, and `peft` does so anew whenever it loads such an adapter.
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def save(
@@ -150,9 +155,12 @@ def load(folder: pathlib.Path | str, config: ModelConfig, *, dtype: str = "float
     rank = settings["r"]
     try:
         with safe_open(folder / TENSORS, framework="numpy") as file:
-            tensors = {_known(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{folder / TENSORS} is damaged: {error}") from None
+            keys = file.keys()
+            tensors = {_known(key): file.get_tensor(key) for key in keys}
+    except (SafetensorError, AttributeError) as error:  # the second: numbers numpy does not know
+        raise ValueError(f"{folder / TENSORS} is damaged or quantised: {error}") from None
+    if len(tensors) < len(keys):
+        raise ValueError(f"{folder / TENSORS} holds the same tensor under two names")
     every = lora_lib.modules(config, vision=True)
     chosen = tuple(m for m in every if any(_key(n, k) in tensors for n in m.names for k in KINDS))
     vision = any(m.path[0] == "vision" for m in chosen)
@@ -195,14 +203,31 @@ def load(folder: pathlib.Path | str, config: ModelConfig, *, dtype: str = "float
 def _settings(folder: pathlib.Path) -> dict:
     if not (folder / CONFIG).is_file() or not (folder / TENSORS).is_file():
         raise ValueError(f"{folder} is no PEFT adapter: it needs {CONFIG} and {TENSORS}")
-    settings = json.loads((folder / CONFIG).read_text())
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / CONFIG} is no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder / CONFIG} is no JSON object")
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{folder} is an adapter of type {settings.get('peft_type')}, not LORA")
     for name, plain in (_PLAIN | _YOUNGER).items():
         if (settings.get(name) or plain) != plain:
             raise ValueError(f"{folder}: {name} = {settings[name]!r} is not supported")
+    start = settings.get("init_lora_weights", True)
+    if start not in _STARTS:
+        raise ValueError(
+            f"{folder}: init_lora_weights = {start!r} changes the weights beneath, which is not "
+            "supported: convert it to a plain adapter when saving (path_initial_model_for_weight_"
+            "conversion), or merge it with peft"
+        )
     if missing := [name for name in ("r", "lora_alpha") if name not in settings]:
         raise ValueError(f"{folder / CONFIG} lacks {', '.join(missing)}")
+    rank, alpha = settings["r"], settings["lora_alpha"]
+    if type(rank) is not int or not 0 < rank <= MOST_RANK:
+        raise ValueError(f"{folder / CONFIG}: r is {rank!r}, from 1 to {MOST_RANK} is needed")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise ValueError(f"{folder / CONFIG}: lora_alpha is {alpha!r}, above 0 is needed")
     return settings
 
 

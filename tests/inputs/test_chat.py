@@ -104,6 +104,26 @@ def test_ids_equal_hugging_face(peer, messages):
     assert_positions(tokens)
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": "a"},
+        {"text": "a"},
+        {"type": "image"},
+        {"image": "a.png"},
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "audio", "audio": "a.wav"},
+    ],
+)
+def test_our_template_reads_parts_as_qwens_does(peer, part):
+    said = [{"role": "user", "content": [part, {"type": "text", "text": "b"}]}]
+    ours, theirs = (
+        peer.apply_chat_template(said, chat_template=template, tokenize=False)
+        for template in (None, QWEN_TEMPLATE)
+    )
+    assert ours == theirs
+
+
 def test_an_empty_system_message_means_no_system_turn():
     tokens = chat.prompt((Message("system", ("",)), Message("user", ("Hi",))), tokenizer())
     text = tokenizer().decode(tokens.ids)

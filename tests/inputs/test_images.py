@@ -145,6 +145,15 @@ def test_sixteen_bit_grey_keeps_its_contrast():
     np.testing.assert_array_equal(np.asarray(image), (levels >> 8).astype(np.uint8))
 
 
+def test_sixteen_bit_grey_is_turned_upright():
+    levels = np.arange(60 * 120).astype(np.uint16).reshape(60, 120) * 9
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = images.decode(png(Image.fromarray(levels), exif=exif))
+    turned = np.rot90(levels >> 8, -1).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(image), turned)
+
+
 def huge_png(width: int, height: int) -> bytes:
     """A header that promises more pixels than it holds."""
 
@@ -235,6 +244,55 @@ def test_config_from_both_generations_of_files(tmp_path):
         ImageConfig.from_hf(tmp_path)
     with pytest.raises(ValueError, match="preprocessor_config.json"):
         ImageConfig.from_hf(tmp_path / "nothing")
+
+
+SIZE = {"shortest_edge": 4000, "longest_edge": 30_000}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"size": SIZE},
+        {"size": SIZE, "min_pixels": None, "max_pixels": None},  # as fast processors wrote it
+        {"size": SIZE, "min_pixels": 5000, "max_pixels": None},
+        {"size": {"min_pixels": 1, "max_pixels": 2}, "min_pixels": 5000, "max_pixels": 20_000},
+        {"size": None, "max_pixels": 20_000},
+        {"size": SIZE, "patch_size": 7, "image_mean": [0.5, 0.4, 0.3]},
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_file_means_what_it_means_to_the_original(written, nested, tmp_path):
+    written = {"image_processor_type": "Qwen2VLImageProcessorFast"} | written
+    if nested:  # the only file that transformers 5 writes; it goes before the other
+        outer = {"image_processor": written, "processor_class": "Qwen2_5_VLProcessor"}
+        (tmp_path / "processor_config.json").write_text(json.dumps(outer))
+        written = {"min_pixels": 784, "max_pixels": 1000}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
+    config, peer = ImageConfig.from_hf(tmp_path), Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    for image in (noise("RGB", 40, 30), noise("RGB", 300, 210)):
+        expected = peer(images=image, return_tensors="np")["pixel_values"]
+        np.testing.assert_array_equal(images.preprocess(image, config)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"do_normalize": False},
+        {"do_resize": None},
+        {"resample": 2},
+        {"rescale_factor": 1 / 127.5},
+        {"patch_size": "14"},
+        {"patch_size": 0},
+        {"size": 448},
+        {"image_mean": [0.5, None, 0.5]},
+        {"image_std": 1},
+        [],
+    ],
+)
+def test_a_file_with_other_steps_or_none_is_refused(written, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
+        ImageConfig.from_hf(tmp_path)
 
 
 def test_a_tile_larger_than_its_picture_is_what_is_decoded():

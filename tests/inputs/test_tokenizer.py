@@ -122,6 +122,11 @@ def test_load_says_what_is_wrong(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json"):
         tokenizer_lib.load(tmp_path)
     tokenizer.save(tmp_path)
+    beside = tmp_path / "tokenizer_config.json"
+    beside.write_text("[1]")
+    with pytest.raises(ValueError, match="holds no object"):
+        tokenizer_lib.load(tmp_path)
+    beside.unlink()
     path = tmp_path / "tokenizer.json"
     whole = json.loads(path.read_text())
     whole["added_tokens"] = [t for t in whole["added_tokens"] if t["content"] != "<|image_pad|>"]

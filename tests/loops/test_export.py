@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from mmsr_jax.build import Job
 from mmsr_jax.cli.main import main
 from mmsr_jax.experiment import Experiment, TokenizerConfig, save
 from mmsr_jax.inputs import chat, images, layout
+from mmsr_jax.inputs.tokenizer import CHAT_TEMPLATE
 from mmsr_jax.loops import evaluate
 from mmsr_jax.model import lora as lora_lib
 from mmsr_jax.model import qwen2_5_vl as qwen
@@ -147,6 +149,24 @@ def test_the_next_run_starts_from_it(exported, run, tmp_path):
     export.write_beside(job, tmp_path)
     for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / name).read_bytes() == (exported / name).read_bytes()
+
+
+def test_the_processors_chat_template_goes_before_the_tokenizers(exported, tmp_path):
+    """Qwen2.5-VL is published with two: pictures are in that of chat_template.json alone."""
+    from mmsr_jax.loops import export
+
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(exported, source)
+    (source / "chat_template.jinja").unlink()
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ 'You are Qwen.' }}"
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    tokenizer = TokenizerConfig(source=str(source))
+    later = Experiment("later", weights=str(source), tokenizer=tokenizer)
+    out.mkdir()
+    export.write_beside(Job(later, tmp_path / "run"), out)
+    assert AutoTokenizer.from_pretrained(out).chat_template == CHAT_TEMPLATE
 
 
 def test_weights_with_another_tokenizer_are_refused(exported, run, tmp_path):

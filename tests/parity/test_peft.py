@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as torch_save
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from mmsr_jax.inputs import layout
@@ -238,6 +239,18 @@ def test_what_does_not_fit_is_named(loaded, tmp_path):
     (tmp_path / ours.TENSORS).write_bytes(b"\x10\0\0")
     with pytest.raises(ValueError, match="damaged"):
         ours.load(tmp_path, loaded.config)
+    old = name.replace("model.language_model.", "model.")
+    save_file(tensors | {old: 2 * tensors[name]}, tmp_path / ours.TENSORS)
+    with pytest.raises(ValueError, match="under two names"):
+        ours.load(tmp_path, loaded.config)
+    eighths = {name: torch.zeros(t.shape, dtype=torch.float8_e4m3fn) for name, t in tensors.items()}
+    torch_save(eighths, tmp_path / ours.TENSORS)
+    with pytest.raises(ValueError, match="damaged or quantised"):
+        ours.load(tmp_path, loaded.config)
+    for text in ("{", "[1]"):
+        (tmp_path / ours.CONFIG).write_text(text)
+        with pytest.raises(ValueError, match="is no JSON"):
+            ours.load(tmp_path, loaded.config)
     with pytest.raises(ValueError, match="no PEFT adapter"):
         ours.load(tmp_path / "nowhere", loaded.config)
 
@@ -250,6 +263,13 @@ def test_what_does_not_fit_is_named(loaded, tmp_path):
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"bias": "all"}, "bias = 'all'"),
         ({"peft_type": "IA3"}, "of type IA3"),
+        ({"init_lora_weights": "olora"}, "'olora' changes the weights beneath"),
+        ({"init_lora_weights": "corda"}, "'corda' changes the weights beneath"),
+        ({"init_lora_weights": ["loftq"]}, "changes the weights beneath"),
+        ({"r": "3"}, "r is '3', from 1 to"),
+        ({"r": 10**30}, "r is 1000"),
+        ({"lora_alpha": None}, "lora_alpha is None, above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, above 0"),
     ],
 )
 def test_other_kinds_of_adapter_are_refused(loaded, tmp_path, change, message):
@@ -257,4 +277,22 @@ def test_other_kinds_of_adapter_are_refused(loaded, tmp_path, change, message):
     settings = json.loads((tmp_path / ours.CONFIG).read_text())
     (tmp_path / ours.CONFIG).write_text(json.dumps(settings | change))
     with pytest.raises(ValueError, match=message):
+        ours.load(tmp_path, loaded.config)
+
+
+@pytest.mark.parametrize(
+    "start", [True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"]
+)
+def test_adapters_that_change_the_weights_beneath_are_refused(original, loaded, tmp_path, start):
+    """What `peft` makes of the base when it loads an adapter that began so."""
+    wanted = peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj"], init_lora_weights=start)
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    before = original.get_submodule(name).weight.detach().clone()
+    made = peft.get_peft_model(original, wanted)
+    made.save_pretrained(tmp_path)
+    beneath = made.get_base_model().get_submodule(name).base_layer.weight
+    if torch.equal(beneath, before):
+        assert ours.load(tmp_path, loaded.config)[0].rank == 4
+        return
+    with pytest.raises(ValueError, match=f"{start}' changes the weights beneath"):
         ours.load(tmp_path, loaded.config)

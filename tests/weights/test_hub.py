@@ -71,6 +71,13 @@ def test_a_download_that_was_interrupted_is_taken_up_again(plain, snapshot, monk
     assert hf.load("org/model").folder == snapshot
 
 
+def test_one_whole_file_beside_an_index_is_enough(plain, snapshot):
+    snapshot.rmdir()
+    hf.save(plain.params(), plain.model, snapshot, dtype="float32")
+    (snapshot / hub.INDEX).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert hf.load("org/model").folder == snapshot
+
+
 def test_tokenizer_files_alone(snapshot):
     (snapshot / "tokenizer.json").write_text(json.dumps({}))
     assert hub.resolve("org/model", patterns=hub.TOKENIZER) == snapshot
