@@ -65,15 +65,27 @@ def write_beside(job: Job, folder: pathlib.Path) -> None:
         if (given / name).is_file():
             shutil.copyfile(given / name, folder / name)
     template = folder / "chat_template.jinja"
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    known = config.get("chat_template") or CHAT_TEMPLATE
-    if not template.exists() and isinstance(known, str):
+    if not template.exists() and isinstance(known := _template(folder), str):
         template.write_text(known, encoding="utf-8")  # where newer programs look for it
     job.experiment.images.to_hf(folder)
     if job.weights is not None and (job.weights / GENERATION).is_file():
         shutil.copyfile(job.weights / GENERATION, folder / GENERATION)
     else:
         (folder / GENERATION).write_text(json.dumps(generation(job.tokenizer), indent=2) + "\n")
+
+
+def _template(folder: pathlib.Path):
+    """The chat template among older files: the processor's before the tokenizer's.
+
+    Those of Qwen2.5-VL differ. The tokenizer's is the language model's, with another system turn
+    and no pictures.
+    """
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            if known := values.get("chat_template"):
+                return known
+    return CHAT_TEMPLATE
 
 
 def generation(tokenizer: Tokenizer) -> dict:
