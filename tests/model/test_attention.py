@@ -97,7 +97,7 @@ def test_cudnn_gets_only_rows_of_one_sequence():
         assert not cudnn.single(jnp.asarray(several))
 
 
-def test_cudnn_lowers_to_its_own_calls_and_to_triton_for_packed_rows(monkeypatch):
+def test_cudnn_lowers_to_its_own_calls_and_to_triton_for_packed_rows(monkeypatch, abstract_gpu):
     from jax._src.cudnn import fused_attention_stablehlo  # asks the GPU library for its version
 
     if not hasattr(fused_attention_stablehlo, "check_cudnn_version"):

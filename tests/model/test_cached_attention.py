@@ -226,7 +226,7 @@ def test_a_model_with_a_kernel_equals_the_reference(wanted, platform, monkeypatc
     assert np.abs(expected).max() > 0.1
 
 
-def test_paged_lowers_for_cuda_and_reads_the_pool_where_it_lies(monkeypatch):
+def test_paged_lowers_for_cuda_and_reads_the_pool_where_it_lies(monkeypatch, abstract_gpu):
     use(monkeypatch, "gpu", "9.0")
     monkeypatch.setattr(paged, "attend", functools.partial(PAGED, interpret=False))
     case = example(1, 32, 28, 4, 128, "bfloat16")

@@ -1,6 +1,7 @@
 """Bodies of errors and JSON that are made to keep the reader busy, or to show half a password."""
 
 import asyncio
+import sys
 
 import pytest
 
@@ -31,7 +32,9 @@ def test_no_half_of_an_address_is_shown():
 
 
 def test_deep_json_with_half_a_character():
-    body = b"[" * 700 + rb'"\ud800"' + b"]" * 700
+    # The parser goes so deep, mending does not; from Python 3.12 on that takes one frame a level.
+    depth = 700 if sys.version_info < (3, 12) else 1100
+    body = b"[" * depth + rb'"\ud800"' + b"]" * depth
     with pytest.raises(ToolError, match="bad_response: the JSON is nested too deeply"):
         parse_json(body, "application/json")
 
