@@ -81,7 +81,9 @@ def _whole(folder: pathlib.Path, patterns: tuple[str, ...]) -> bool:
         return (folder / TOKENIZER[0]).is_file()
     if not (folder / CONFIG).is_file():
         return False
-    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
-        return (folder / SINGLE).is_file()
+    if (folder / SINGLE).is_file():
+        return True
+    if not (folder / INDEX).is_file():
+        return False
     named = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
     return all((folder / name).is_file() for name in named)
